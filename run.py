@@ -1,0 +1,277 @@
+"""A run: everything around an algorithm that is not the algorithm.
+
+Flags out of one documented dataclass, the device and the dtype, ranks under torchrun, seeds, progress bars, and a run
+directory that survives being killed. sppo.py and lsp.py share this file so that their own text holds only the method.
+
+    out/<name>/config.json     the settings, written once
+               metrics.jsonl   one row per step
+               samples.jsonl   prompts with their responses and verdicts, to be read by a person
+               iter-k/         each a complete Hugging Face checkpoint
+               state/state.pt  what --resume needs; replaced atomically, so that a kill -9 at any moment leaves a good one
+               summary.json    the result
+               curves.png      the picture
+
+Randomness: nothing here or in the scripts draws from a generator whose state would have to be saved. Every draw is a
+function of (seed, what it is for, where we are), see `stream`. A resumed run therefore needs no generator state to
+repeat the uninterrupted one bit for bit.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import sys
+import time
+import types
+import typing
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one sentence that names the flag or file and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def flag(default, help, choices=None):
+    """One setting of a script's dataclass: its default, and the help text (symbol, unit, source) that --help prints."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse(settings_class, argv, description):
+    """Turn `argv` into an instance of the dataclass `settings_class`, one flag per field.
+
+    Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
+    the wrong type ends the program with exit status 2.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # "int | None": None means "decided at set-up"
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        name = "--" + field.name.replace("_", "-")
+        help = field.metadata.get("help", "").replace("%", "%%")
+        if field.default is not None and field.default != "":
+            help += f" [{field.default}]"
+        if kind is bool:
+            parser.add_argument(name, default=field.default, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(name, default=field.default, type=kind, choices=field.metadata.get("choices"), help=help,
+                                metavar=None if field.metadata.get("choices") else kind.__name__.upper())
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def main(function):
+    """Call a script's main function; turn a UserError into one sentence on stderr and exit status 2."""
+    try:
+        function(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on from the last saved state", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device, ranks, seeds
+
+
+def device_and_dtype(device="auto", dtype="auto"):
+    """Resolve --device and --dtype. auto: cuda, then mps, then cpu; bfloat16 where the hardware multiplies it, else float32.
+
+    Returns (torch.device, torch.dtype). Raises UserError for a device that is not here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return device, getattr(torch, dtype)
+
+
+def init_ranks(device):
+    """(rank, number of ranks, this rank's device). One process unless torchrun started us."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gather(mine, count):
+    """Lists sharded as rank::ranks, put back in order: every rank gets the whole list of `count` items."""
+    if not dist.is_initialized():
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
+def stream(*names):
+    """A 62-bit seed that depends on every name and on nothing else: stream(seed, "order", iteration, epoch)."""
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def shuffled(items, *names):
+    """A new list with the items in the random order that belongs to `names`."""
+    items = list(items)
+    random.Random(stream(*names)).shuffle(items)
+    return items
+
+
+def progress(iterable=None, desc="", total=None):
+    """A tqdm bar on stderr. It shows itself only after two seconds, vanishes when done, and stays quiet on ranks > 0."""
+    from tqdm import tqdm  # comes with transformers
+
+    return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True, file=sys.stderr,
+                disable=dist.is_initialized() and dist.get_rank() > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that are never half-written
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then rename onto `path`. A file or a directory; a reader sees the old one or the new one."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        write(temporary)
+        if os.path.isdir(path):
+            shutil.rmtree(path)  # a directory cannot be replaced in one step; this window is the only one
+        os.replace(temporary, path)
+    finally:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    def write(temporary):
+        with open(temporary, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+    write_atomically(path, write)
+
+
+def environment():
+    """Versions and hardware, for summary.json."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "hardware": device, "cpu_threads": torch.get_num_threads()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run directory
+
+
+class Run:
+    """A run directory and the seconds spent in each phase. Only rank 0 writes."""
+
+    JOURNALS = ("metrics.jsonl", "samples.jsonl")
+
+    def __init__(self, out, settings, resume=False, overwrite=False, rank=0):
+        self.out, self.rank, self.seconds = str(out), rank, {}
+        settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "overwrite")}
+        self.state = None
+        config = os.path.join(self.out, "config.json")
+        try:
+            if os.path.exists(config) and resume:
+                self._check_same(config, settings)
+                self.state = self._load_state()
+            elif os.path.exists(config) and overwrite and rank == 0:
+                shutil.rmtree(self.out)
+            elif os.path.isdir(self.out) and os.listdir(self.out) and not overwrite and rank == 0:
+                raise UserError(f"--out {self.out} already holds files; give --resume to continue that run, --overwrite to "
+                                "replace it, or another --out")
+            elif overwrite and os.path.isdir(self.out) and os.listdir(self.out) and rank == 0:
+                raise UserError(f"--out {self.out} holds files that are not a run's, so --overwrite leaves them alone; "
+                                "give another --out")
+            if resume and self.state is None:
+                self.say(f"nothing to resume in {self.out}: starting afresh")
+            if rank == 0:
+                os.makedirs(os.path.join(self.out, "state"), exist_ok=True)
+                write_json(config, settings)
+                if self.state is None:
+                    self._truncate({name: 0 for name in self.JOURNALS})
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give a directory that can") from None
+
+    def _check_same(self, config, settings):
+        with open(config) as file:
+            before = json.load(file)
+        for name in sorted(set(before) | set(settings)):
+            if before.get(name) != settings.get(name):
+                raise UserError(f"--resume: {self.out} was run with {name} = {before.get(name)}, now it is "
+                                f"{settings.get(name)}; give the same --{name.replace('_', '-')} or another --out")
+
+    def _load_state(self):
+        path = os.path.join(self.out, "state", "state.pt")
+        if not os.path.exists(path):
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.seconds = state["seconds"]
+        if self.rank == 0:  # rows written after the state was saved will be written again: drop them
+            self._truncate(state["sizes"])
+        return state
+
+    def _truncate(self, sizes):
+        for name, size in sizes.items():
+            with open(os.path.join(self.out, name), "ab") as file:
+                file.truncate(size)
+
+    def path(self, *names):
+        """A path inside the run directory."""
+        return os.path.join(self.out, *names)
+
+    def say(self, *text):
+        """Print on rank 0 only."""
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def write(self, journal, row):
+        """Append one row to metrics.jsonl or samples.jsonl."""
+        if self.rank == 0:
+            with open(self.path(journal), "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save_state(self, **state):
+        """Everything --resume needs, in one file replaced atomically: tensors, numbers, strings, lists and dicts."""
+        if self.rank == 0:
+            state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
+            state["seconds"] = dict(self.seconds)
+            write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
+        self.state = None  # loaded once, not kept in memory
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Add the wall-clock seconds of the block to `seconds[name]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
