@@ -1,0 +1,291 @@
+"""The arithmetic that deserves care: log-probabilities of a linear head without the [T, V] logits, and the losses.
+
+Shapes:  T tokens, H hidden size, V vocabulary.  Everything returned is float32, whatever the model's dtype: a sequence
+log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some hundreds,
+so the last digits of bfloat16 would be the whole signal.
+
+Why not log_softmax(logits)[target]?  At V = 128,256 and T = 8,192 the float32 logits alone are 4 GB, their softmax for the
+backward pass another 4, and the gradient of the logits a third. None of it is needed at once:
+
+    log pi(target) = logit[target] - logsumexp(logits)         one number per token; the sum runs over V in any order
+    d log pi / d logit = onehot(target) - softmax(logits)      recomputed from (hidden, weight, logsumexp) when wanted
+
+    python kernels.py            checks against float64, then times and measures peak memory
+"""
+
+import ctypes
+import math
+import sys
+import time
+
+import torch
+
+# One tile of logits is CHUNK_T x CHUNK_V: 16 MB in float32, small enough to stay near the cache, large enough that the
+# matrix products run at full speed. Memory is a few tiles whatever T and V are.
+CHUNK_T, CHUNK_V = 1024, 4096
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-probabilities
+
+
+def linear_logprob_reference(hidden, weight, target):
+    """What `linear_logprob` computes, in the obvious way: materialises [T, V] in float32. For checks and as the definition."""
+    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+
+
+def linear_logprob(hidden, weight, target):
+    """log softmax(hidden @ weight.T)[target] in float32, never holding more than one tile of the logits.
+
+    hidden [T, H] and weight [V, H] of one floating dtype and device, target [T] int64 in [0, V)  ->  [T] float32.
+    Gradients flow to hidden and weight. Cost: one matrix product forward; backward recomputes it and adds the two
+    products every linear layer has (four where the naive way needs three: the price of the memory).
+
+    >>> h, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [math.log(3.0), 0.0]])  # logits 0 and log 3
+    >>> linear_logprob(h, w, torch.tensor([1])).exp()                                        # 3 / (1 + 3)
+    tensor([0.7500])
+    """
+    return _LinearLogprob.apply(hidden, weight, target)
+
+
+def _tiles(length, size):
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        T, V = hidden.shape[0], weight.shape[0]
+        lse = torch.full((T,), -math.inf, device=hidden.device)     # running log sum exp over the vocabulary
+        picked = torch.zeros(T, device=hidden.device)               # the target's logit, once its tile comes by
+        for v in _tiles(V, CHUNK_V):
+            w = weight[v].T
+            for t in _tiles(T, CHUNK_T):
+                logits = (hidden[t] @ w).float()                    # [t, v]
+                local = target[t] - v.start
+                inside = (local >= 0) & (local < logits.shape[1])
+                at = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+                picked[t] += torch.where(inside, at, 0.0)
+                top = logits.amax(1, keepdim=True)
+                part = logits.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))   # in place: no second tile
+                lse[t] = torch.logaddexp(lse[t], part)
+        ctx.save_for_backward(hidden, weight, target, lse)
+        return picked - lse
+
+    @staticmethod
+    def backward(ctx, grad):                                        # grad [T] float32
+        hidden, weight, target, lse = ctx.saved_tensors
+        T, V = hidden.shape[0], weight.shape[0]
+        need_h, need_w = ctx.needs_input_grad[:2]
+        # The sum over V tiles must not be rounded tile by tile, so hidden's gradient is accumulated in float32.
+        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_h else None
+        d_weight = torch.empty_like(weight) if need_w else None     # each row belongs to one tile: written once
+        for v in _tiles(V, CHUNK_V):
+            w = weight[v]
+            if need_w:  # a float32 gradient is its own accumulator
+                d_w = d_weight[v] if weight.dtype == torch.float32 else torch.empty(w.shape, device=w.device)
+            for t in _tiles(T, CHUNK_T):
+                p = (hidden[t] @ w.T).float().sub_(lse[t, None]).exp_().mul_(-grad[t, None])  # -g softmax
+                local = target[t] - v.start
+                inside = (local >= 0) & (local < p.shape[1])
+                p.scatter_add_(1, local.clamp(0, p.shape[1] - 1)[:, None], torch.where(inside, grad[t], 0.0)[:, None])
+                p = p.to(hidden.dtype)                              # d loss / d logits, [t, v]
+                if need_h:
+                    _add_product(d_hidden[t], p, w)
+                if need_w:
+                    _add_product(d_w, p.T, hidden[t], fresh=t.start == 0)
+            if need_w and d_w.dtype != weight.dtype:
+                d_weight[v] = d_w
+        return d_hidden.to(hidden.dtype) if need_h else None, d_weight, None
+
+
+def _add_product(out, a, b, fresh=False):
+    """out += a @ b, or out = a @ b where `fresh`; out float32. One fused call where the dtypes agree."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=0 if fresh else 1, out=out)
+    elif fresh:
+        out.copy_(a @ b)
+    else:
+        out += a @ b
+
+
+def sum_rows(values, row, rows):
+    """Sum packed per-token values by row: values [T], row [T] int64 -> [rows]. A response's log-prob from its tokens'.
+
+    >>> sum_rows(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2)
+    tensor([-3., -4.])
+    """
+    return torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row, values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses: pure functions, elementwise on sequence log-ratios  log pi(y|x) - log pi_t(y|x), sums over the response's tokens
+
+
+def sppo_loss(logratio, p, eta):
+    """SPPO, equation (4.7): (log pi/pi_t - eta (P - 1/2))^2, for any response y and P = Phat(y > pi_t | x) in [0, 1].
+
+    The 1/2 stands for log Z / eta: under pi_t the mean of P is 1/2 (P is constant-sum), so log Z ~ eta / 2 for small eta.
+    p = 1 for the winner and 0 for the loser gives the "hard" form, whose targets are +-eta/2.
+
+    >>> sppo_loss(torch.tensor([3.0, -5.0]), torch.tensor([0.75, 0.25]), eta=8.0)  # targets +2 and -2
+    tensor([1., 9.])
+    """
+    return (logratio - eta * (p - 0.5)) ** 2
+
+
+def dpo_loss(logratio_w, logratio_l, beta):
+    """DPO (Rafailov et al. 2023, equation 7): -log sigmoid(beta (logratio_w - logratio_l)).
+
+    >>> dpo_loss(torch.tensor([10.0]), torch.tensor([-10.0]), beta=0.05)           # -log sigmoid(1)
+    tensor([0.3133])
+    """
+    return -torch.nn.functional.logsigmoid(beta * (logratio_w - logratio_l))
+
+
+def ipo_loss(logratio_w, logratio_l, beta):
+    """IPO (Azar et al. 2023, equation 17): (logratio_w - logratio_l - 1/(2 beta))^2.
+
+    The SPPO paper's (4.14) writes (beta * difference - 1)^2, whose margin is 1/beta: twice this one at equal beta.
+
+    >>> ipo_loss(torch.tensor([4.0]), torch.tensor([-3.0]), beta=0.1)              # margin 5
+    tensor([4.])
+    """
+    return (logratio_w - logratio_l - 1 / (2 * beta)) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check, then time:  python kernels.py [--tokens 512] [--hidden 2048] [--vocab 128256] [--dtype float32]
+
+
+def _peak_megabytes(function, device):
+    """Peak memory above what was held before the call, in MB (2**20 bytes). Linux for the CPU; NaN elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                 # freed blocks that the allocator kept would hide the peak
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")                              # resets the high-water mark VmHWM to the present size
+        before = status("VmRSS")
+    except (OSError, AttributeError):
+        function()
+        return math.nan
+    function()
+    return status("VmHWM") - before
+
+
+def _seconds(function, device, repeat=3):
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeat // 2]
+
+
+def _check(device):
+    """Values and gradients against float64, at sizes that do not divide the tiles; hot logits as in a trained model."""
+    generator = torch.Generator().manual_seed(0)
+    T, H, V = CHUNK_T + 37, 64, 2 * CHUNK_V + 5
+    draw = [torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator) * 0.5]
+    target = torch.randint(V, (T,), generator=generator).to(device)
+    target[0], target[1] = 0, V - 1
+    coefficient = torch.randn(T, generator=generator).to(device)
+    exact = [x.to(device, torch.float64).requires_grad_() for x in draw]
+    want = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    (want * coefficient).sum().backward()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        mine = [x.to(device, dtype, copy=True).requires_grad_() for x in draw]
+        got = linear_logprob(*mine, target)
+        (got * coefficient).sum().backward()
+        errors = [float((a.detach().double() - b.detach()).norm() / b.norm())
+                  for a, b in ((got, want), (mine[0].grad, exact[0].grad), (mine[1].grad, exact[1].grad))]
+        ok = all(e < bound for e in errors)              # a NaN fails this comparison
+        print(f"{'ok' if ok else 'WRONG'}  {str(dtype)[6:]:9s} relative error against float64: value {errors[0]:.1e}, "
+              f"d hidden {errors[1]:.1e}, d weight {errors[2]:.1e} (bound {bound:.0e})")
+        if not ok:
+            sys.exit(1)
+
+
+def _time(T, H, V, dtype, device):
+    """Seconds and peak memory of forward + backward and of forward alone, as ratios to the bare matrix products."""
+    torch.manual_seed(0)
+    hidden = torch.randn(T, H, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H, device=device) * H**-0.5).to(dtype).requires_grad_()
+    target = torch.randint(V, (T,), device=device)
+    grad_logits = torch.randn(T, V, device=device).to(dtype)
+
+    def both(function):
+        def call():
+            hidden.grad = weight.grad = None
+            function(hidden, weight, target).sum().backward()
+        return call
+
+    def one_way(function):
+        def call():
+            with torch.no_grad():
+                function(hidden, weight, target)
+        return call
+
+    def one_product():
+        with torch.no_grad():
+            hidden @ weight.T
+
+    def three_products():
+        one_product()
+        with torch.no_grad():
+            grad_logits @ weight
+            grad_logits.T @ hidden
+
+    def torch_builtin(h, w, t):  # torch >= 2.13
+        return -torch.nn.functional.linear_cross_entropy(h, w, t, reduction="none").float()
+
+    peers = [("linear_logprob", linear_logprob), ("reference", linear_logprob_reference)]
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        peers.append(("torch linear_cross_entropy", torch_builtin))
+    print(f"\n{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, T {T}, H {H}, V {V}; "
+          f"d weight alone is {weight.numel() * weight.element_size() / 2**20:.0f} MB; median of 3")
+    for title, floor, wrap in (("forward + backward", three_products, both), ("forward only", one_product, one_way)):
+        floor()
+        base = _seconds(floor, device)
+        print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}\n{'  bare matrix products':28s} {base:8.2f} {1:8.2f}")
+        for name, function in peers:
+            call = wrap(function)
+            hidden.grad = weight.grad = None
+            peak = _peak_megabytes(call, device)
+            seconds = _seconds(call, device)
+            print(f"  {name:26s} {seconds:8.2f} {seconds / base:8.2f} {peak:8.0f}")
+
+
+if __name__ == "__main__":
+    import dataclasses
+
+    import run
+
+    @dataclasses.dataclass
+    class Settings:
+        tokens: int = run.flag(512, "T, tokens scored in one call")
+        hidden: int = run.flag(2048, "H, hidden size (Llama-3.2-1B: 2048)")
+        vocab: int = run.flag(128256, "V, vocabulary (Llama 3: 128256)")
+        device: str = run.flag("auto", "cuda, mps or cpu", None)
+        dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+
+    def main(argv):
+        settings = run.parse(Settings, argv, "check linear_logprob against float64, then time it")
+        device, dtype = run.device_and_dtype(settings.device, settings.dtype)
+        _check(device)
+        _time(settings.tokens, settings.hidden, settings.vocab, dtype, device)
+
+    run.main(main)

@@ -1,0 +1,412 @@
+"""Who judges, and how scores become preferences.
+
+A judge looks at one prompt and K responses to it and says which it likes. Two kinds stand here:
+
+  oracle        the embedded world's exact scorer (world.score): a reward in [0, 1]
+  pairrm:PATH   PairRM, a DeBERTa that reads the prompt and TWO responses at once and gives one logit for the pair
+
+Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Two things are never mixed up:
+
+  preference    P[b, i, j] in [0, 1], the probability that response i beats response j; P + P^T = 1, diagonal 1/2
+  reward        one score per response; it becomes a preference through Bradley-Terry, and is then transitive
+
+From PairRM's raw logits M[i, j] (i on the left) to P there are two roads, `estimator`:
+
+  pairwise      P_ij = sigmoid((M_ij - M_ji) / 2). Both orders are read, for M is not antisymmetric: the seat matters.
+                PairRM is trained with -log sigmoid(M), so half the difference is a calibrated logit. Cycles survive.
+  aggregate     s_i = mean_j (M_ij - M_ji), P_ij = sigmoid(s_i - s_j): what the official SPPO code does. Each response
+                gets one number, so the result is transitive by construction: a judge that prefers a to b, b to c and
+                c to a comes out indifferent, and the reason for playing a game with general preferences is gone.
+                Where M is additive (M_ij = a_i - a_j) its logit is 2 (a_i - a_j), twice the pairwise one.
+
+Where this departs from the official PairRM code (llm-blender), and why:
+  - The prompt goes in raw, as PairRM was trained; the official SPPO code hands over the chat-templated one.
+  - A prompt's length budget depends on that prompt alone, as in PairRM's own example code; llm-blender's ranking takes
+    the longest prompt of the batch, so that a score there depends on its neighbours.
+  - "[SEP]" in a text becomes a space, as there; so do the four role markers, with which a response could pose as its
+    rival (self-play finds such holes).
+  - tokenizer.json is taken as stored: transformers 5 would give a DeBERTa tokenizer a normaliser of its own.
+  - float32 unless asked otherwise, and the head always: the official code runs half precision on a GPU.
+  - Plain DebertaV2Model, weights loaded key by key: llm-blender neither imports nor loads under transformers 5.
+
+    judge = prefmodel.load("pairrm:llm-blender/PairRM", device="cuda", dtype=torch.bfloat16)
+    P = judge.preference(["Name a prime."], [["7", "8", "It is 7."]])      # [1, 3, 3]
+    wins = phat(P)                                                         # [1, 3]
+"""
+
+import itertools
+import json
+import os
+import pickle
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
+
+import world
+from run import UserError, progress
+
+
+def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
+    """The judge that --judge names: "oracle" or "pairrm:DIRECTORY_OR_HUB_ID".
+
+    `estimator`, "pairwise" or "aggregate", is for judges of pairs; the oracle has rewards and needs none.
+    Raises UserError for an unknown judge or estimator, and for a checkpoint that cannot be used.
+    """
+    kind, _, path = spec.partition(":")
+    if estimator not in ESTIMATORS:
+        raise UserError(f"preference estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
+    if spec == "oracle":
+        return OracleJudge()
+    if kind == "pairrm" and path:
+        return PairRM(path, estimator, device, dtype)
+    raise UserError(f"--judge {spec} is not known; give oracle or pairrm:PATH, PATH being a directory or a hub id such "
+                    "as llm-blender/PairRM")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from scores to preferences: pure functions, float32
+
+
+def pairwise_preference(M):
+    """sigmoid((M_ij - M_ji) / 2): raw pair logits M [..., K, K] -> P [..., K, K]; keeps cycles.
+
+    >>> pairwise_preference(torch.tensor([[0., 3.], [-1., 0.]]))  # the left seat is worth 1; sigmoid(2) = .8808
+    tensor([[0.5000, 0.8808],
+            [0.1192, 0.5000]])
+    """
+    M = M.float()
+    return torch.sigmoid((M - M.mT) / 2)
+
+
+def aggregate_preference(M):
+    """The official SPPO code's P = sigmoid(s_i - s_j), s_i = mean_j (M_ij - M_ji): M [..., K, K] -> P [..., K, K].
+
+    The mean runs over all K, the zero of the diagonal included. Transitive whatever M is: the cycle below is gone.
+
+    >>> aggregate_preference(torch.tensor([[0., 2., -2.], [-2., 0., 2.], [2., -2., 0.]])).unique()
+    tensor([0.5000])
+    """
+    M = M.float()
+    return bradley_terry((M - M.mT).mean(-1))
+
+
+def bradley_terry(rewards, scale=1.0):
+    """sigmoid(scale (r_i - r_j)): rewards [..., K] -> P [..., K, K].
+
+    >>> bradley_terry(torch.tensor([1., 0.]), scale=2.0)
+    tensor([[0.5000, 0.8808],
+            [0.1192, 0.5000]])
+    """
+    rewards = rewards.float()
+    return torch.sigmoid(scale * (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)))
+
+
+def phat(P):
+    """SPPO section 4: Phat(y_i > pi_t | x) = (1/K) sum_k P(y_i > y_k | x): P [B, K, K] -> [B, K].
+
+    The comparison with itself, 1/2, counts: so Phat stays in [1/(2K), 1 - 1/(2K)] and averages to 1/2 over the K.
+
+    >>> phat(torch.tensor([[[.5, 1., .75], [0., .5, .25], [.25, .75, .5]]]))
+    tensor([[0.7500, 0.2500, 0.5000]])
+    """
+    return P.mean(-1)
+
+
+ESTIMATORS = {"pairwise": pairwise_preference, "aggregate": aggregate_preference}
+
+
+def _rectangle(prompts, responses):
+    """(B, K) of a question to a judge; ValueError where the lists do not fit together."""
+    counts = [len(row) for row in responses]
+    if len(prompts) != len(counts) or len(set(counts)) > 1 or 0 in counts:
+        raise ValueError(f"a judge takes B prompts and B lists of K >= 1 responses, one K for all; got {len(prompts)} "
+                         f"prompts and lists of {sorted(set(counts))} responses, {len(counts)} of them")
+    return len(prompts), counts[0] if counts else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the embedded world's oracle
+
+
+class OracleJudge:
+    """Exact marks from world.score, softened into preferences by P = sigmoid(6 (R - R'))."""
+
+    name = "oracle"
+    scale = 6.0  # right against wrong (1 against at most .5) is won with .95 or more; right against malformed with .998
+
+    def reward(self, prompts, responses):
+        """Marks in [0, 1]: B queries, B lists of K answers -> [B, K] float32."""
+        B, K = _rectangle(prompts, responses)
+        marks = [[world.score(query, answer) for answer in row] for query, row in zip(prompts, responses)]
+        return torch.tensor(marks, dtype=torch.float32).reshape(B, K)
+
+    def preference(self, prompts, responses):
+        """B queries, B lists of K answers -> P [B, K, K] float32."""
+        return bradley_terry(self.reward(prompts, responses), self.scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PairRM
+
+MARKERS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]  # in the order in which they were added
+SMALL_FILES = ["*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "spm.model"]
+WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
+
+
+class PairRM:
+    """llm-blender's PairRM from a directory or a hub id, in either of its two published layouts (see `_open`).
+
+    estimator       "pairwise" or "aggregate": how `preference` reads the logits
+    batch_tokens    tokens per forward pass, padding included. DeBERTa holds several [rows, heads, T, T] tensors, for
+                    PairRM in float32 2.1 GB each at the default and T = 2,048: lower it where memory is short
+    max_source      tokens of a prompt, [CLS], marker and [SEP] included (default: the ranker's config, else 1224)
+    max_candidate   tokens that every response may have in any case (default: the ranker's config, else 412)
+    max_tokens      tokens of a pair (default: max_source + 2 max_candidate = 2048). What a short prompt leaves
+                    unused goes to the responses, (max_tokens - len(prompt)) // 2 each
+
+    Raises UserError, naming the file and the remedy, for a checkpoint that is missing, cut short or not a PairRM.
+    """
+
+    def __init__(self, path, estimator="pairwise", device="cpu", dtype=torch.float32, batch_tokens=16384,
+                 max_source=None, max_candidate=None, max_tokens=None):
+        self.name, self.estimator, self.device, self.batch_tokens = f"pairrm:{path}", estimator, device, batch_tokens
+        settings, config, self.tokenizer, weights, file = _open(path)
+        self.max_source = max_source or settings.get("source_maxlength", 1224)
+        max_candidate = max_candidate or settings.get("candidate_maxlength", 412)
+        self.max_tokens = max_tokens or self.max_source + 2 * max_candidate
+        if self.max_source < 3 or self.max_tokens - self.max_source < 6:  # [CLS], marker and [SEP] of every segment
+            raise ValueError(f"no room for a pair: max_source {self.max_source}, max_tokens {self.max_tokens}")
+        self.pad = config.pad_token_id or 0
+        self.markers = _marker_ids(self.tokenizer, settings, config, path)  # ids of source, candidate 1, candidate 2
+        self.net = _network(config, settings.get("n_tasks", 1))
+        _load_strictly(self.net, weights, file)
+        self.net.eval().requires_grad_(False).to(device)
+        self.net["pretrained_model"].to(dtype)  # the head stays float32: it is tiny, and its differences are the result
+
+    def preference(self, prompts, responses):
+        """B prompts (raw, no chat template), B lists of K responses -> P [B, K, K] float32, on the CPU."""
+        return ESTIMATORS[self.estimator](self.logits(prompts, responses))
+
+    def logits(self, prompts, responses):
+        """Raw M [B, K, K] float32 on the CPU: M[b, i, j] with response i on the left; diagonal 0.
+
+        All B K (K - 1) ordered pairs, equal responses of a prompt counted once, go through the network in order of length,
+        so that a batch is hardly padded; a pair's logit does not depend on its batch beyond rounding.
+        Raises ValueError where the lists do not fit together, UserError where logits overflow the dtype.
+        """
+        B, K = _rectangle(prompts, responses)
+        cells = {}  # (b, left text, right text) -> the cells of M that this pair fills
+        for b, row in enumerate(responses):
+            for i, j in itertools.permutations(range(K), 2):
+                cells.setdefault((b, row[i], row[j]), []).append((b, i, j))
+        sources, candidates = self._segments(prompts), self._segments(itertools.chain(*responses))
+
+        def fitted(b, left, right):
+            return self._fit(sources[prompts[b]], candidates[left], candidates[right])
+
+        pairs = list(cells)
+        lengths = [sum(map(len, fitted(*pair))) for pair in pairs]
+        M = torch.zeros(B, K, K)
+        with progress(desc="judging", total=len(pairs)) as bar:
+            for batch in batches_by_length(lengths, self.batch_tokens):
+                for n, logit in zip(batch, self._score([fitted(*pairs[n]) for n in batch])):
+                    for cell in cells[pairs[n]]:
+                        M[cell] = logit
+                bar.update(len(batch))
+        if not M.isfinite().all():
+            raise UserError(f"{self.name} gave logits that are not finite; give another --dtype, float32 or bfloat16")
+        return M
+
+    def pair_ids(self, prompt, left, right):
+        """The token ids that the network reads for one pair: a list of at most `max_tokens` ints.
+
+        [CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> left [SEP] [CLS] <|candidate2|> right [SEP]
+        """
+        segments = self._segments([prompt, left, right])
+        return list(itertools.chain(*self._fit(segments[prompt], segments[left], segments[right])))
+
+    def _segments(self, texts):
+        """{text: ids of [CLS] marker text [SEP]}, uncut, every text tokenised once; `_fit` puts in the role's marker."""
+        texts, clean = list(dict.fromkeys(texts)), []
+        for text in texts:
+            for special in ["[SEP]", *MARKERS]:
+                text = text.replace(special, " ")
+            clean.append(MARKERS[-1] + text)
+        return dict(zip(texts, self.tokenizer(clean, verbose=False)["input_ids"])) if texts else {}
+
+    def _fit(self, source, left, right):
+        """Three segments cut to their budgets on the right ([SEP] survives), each with its role's marker."""
+        room = [self.max_source]
+        room += [(self.max_tokens - min(len(source), self.max_source)) // 2] * 2
+        return [[ids[0], marker] + (ids[2:] if len(ids) <= n else ids[2:n - 1] + ids[-1:])
+                for ids, marker, n in zip((source, left, right), self.markers, room)]
+
+    @torch.inference_mode()
+    def _score(self, rows):
+        """Logits, a list of R floats, of R pairs as `_fit` returns them, in one forward pass."""
+        T = max(sum(map(len, row)) for row in rows)
+        ids = torch.full((len(rows), T), self.pad)                                          # [R, T]
+        mask = torch.zeros(len(rows), T, dtype=torch.long)
+        for r, row in enumerate(rows):
+            flat = torch.tensor(list(itertools.chain(*row)))
+            ids[r, :len(flat)] = flat
+            mask[r, :len(flat)] = 1  # from lengths: comparing with the pad id would hide a "[PAD]" inside a text
+        at = torch.tensor([[1, 1 + len(s), 1 + len(s) + len(c)] for s, c, _ in rows], device=self.device)  # [R, 3]
+        out = self.net["pretrained_model"](input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        hidden = out.last_hidden_state                                                      # [R, T, H]
+        markers = hidden[torch.arange(len(rows), device=self.device)[:, None], at].float()  # [R, 3, H]
+        left, right = (self.net["head_layer"](torch.cat([markers[:, 0], markers[:, seat]], -1)) for seat in (1, 2))
+        return (left - right).mean(-1).tolist()  # over tasks; the published models have one
+
+
+def batches_by_length(lengths, budget):
+    """Indices of `lengths`, longest first, in groups with (size x longest) <= budget; an over-long item goes alone.
+
+    Longest first, so that a batch too big for the memory fails at once and not after an hour.
+
+    >>> batches_by_length([3, 9, 4, 2], budget=10)
+    [[1], [2, 0], [3]]
+    """
+    batches = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(n)
+    return batches
+
+
+def _network(config, n_tasks):
+    """Encoder and head with random weights; the names and the head's indices are the checkpoints' keys."""
+    H = config.hidden_size
+    head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2 * H, H), torch.nn.Tanh(),
+                               torch.nn.Dropout(), torch.nn.Linear(H, n_tasks))  # dropout: for training only
+    return torch.nn.ModuleDict({"pretrained_model": DebertaV2Model(config), "head_layer": head})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# opening a PairRM checkpoint
+
+
+def _open(path):
+    """(settings, DebertaV2Config, tokenizer, weights, weights file) of a checkpoint in either published layout.
+
+    llm-blender/PairRM      config.json is the ranker's (model_name, source_maxlength, n_tasks ...); the backbone's own
+                            config, and the tokenizer if there is none beside the weights, come from `model_name`
+    llm-blender/PairRM-hf   config.json is a DeBERTa config with the markers' ids; everything in one place
+    """
+    directory = backbone = _fetch(path, SMALL_FILES)
+    settings = described = _read_json(directory)
+    if settings.get("ranker_type") == "pairranker" and settings.get("model_name"):
+        backbone = _fetch(settings["model_name"], SMALL_FILES)
+        described = _read_json(backbone)
+    elif "source_prefix_id" not in settings:
+        raise UserError(f"{directory}/config.json is not a PairRM's: it has neither ranker_type pairranker with a "
+                        "model_name (llm-blender/PairRM) nor source_prefix_id (llm-blender/PairRM-hf); give one of "
+                        "these")
+    if described.get("model_type") != "deberta-v2":
+        raise UserError(f"{backbone}/config.json has model_type {described.get('model_type')}, not deberta-v2; give a "
+                        "PairRM on DeBERTa-v2 or v3")
+    tokenizer = _tokenizer(directory if os.path.exists(f"{directory}/tokenizer.json") else backbone)
+    file = _weights_file(path)
+    weights, config = _read_weights(file), DebertaV2Config.from_dict(described)
+    embedding = weights.get("pretrained_model.embeddings.word_embeddings.weight")
+    if described is not settings and embedding is not None:
+        config.vocab_size = len(embedding)  # the ranker resized the backbone's table to its own tokenizer
+    return settings, config, tokenizer, weights, file
+
+
+def _fetch(path, patterns):
+    """The directory `path`, or the hub snapshot of that name with the files that match `patterns`."""
+    if os.path.isdir(path):
+        return path
+    try:
+        return snapshot_download(path, allow_patterns=patterns)
+    except Exception as error:  # the hub client lets errors of its HTTP library through, and these share no base
+        raise UserError(f"{path} is neither a directory nor a checkpoint that the hub delivers ({_first_line(error)}); "
+                        "give a directory with the checkpoint's files, or a hub id and a connection") from None
+
+
+def _weights_file(path):
+    """The first of WEIGHT_FILES that exists; on the hub only that one is downloaded, each is 1.7 GB."""
+    for name in WEIGHT_FILES:
+        file = os.path.join(_fetch(path, [name]), name)
+        if os.path.exists(file):
+            return file
+    raise UserError(f"{path} has no weights, neither {' nor '.join(WEIGHT_FILES)}; complete the checkpoint")
+
+
+def _read_json(directory):
+    try:
+        with open(f"{directory}/config.json") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        reason = _first_line(error)
+        raise UserError(f"{directory}/config.json cannot be read ({reason}); complete the checkpoint") from None
+
+
+def _read_weights(file):
+    """{key: tensor}, never running code from the file."""
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values()):
+            return weights
+        reason = "not a table of tensors"
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = _first_line(error)
+    raise UserError(f"{file} cannot be read ({reason}); it may be cut short: download it again")
+
+
+def _load_strictly(net, weights, file):
+    """Copy `weights` into `net`; UserError on the first key that is missing, left over or of another shape."""
+    want = net.state_dict()
+    # older transformers stored this buffer, which is a plain arange
+    weights = {key: value for key, value in weights.items() if not key.endswith("embeddings.position_ids")}
+    for key in [*want, *weights]:
+        reason = None
+        if key not in weights:
+            reason = f"lacks the weight {key}"
+        elif key not in want:
+            reason = f"has a weight {key} that the model described by its config.json does not have"
+        elif weights[key].shape != want[key].shape:
+            reason = f"has {key} of shape {list(weights[key].shape)}, its config.json asks for {list(want[key].shape)}"
+        if reason:
+            raise UserError(f"{file} {reason}; give the weights and the config of one checkpoint")
+    net.load_state_dict(weights)
+
+
+def _tokenizer(directory):
+    """The directory's tokenizer.json exactly as stored, else what AutoTokenizer makes of the other files.
+
+    Not AutoTokenizer first: for the class name that DeBERTa's tokenizer_config.json carries, transformers 5 keeps the
+    vocabulary but replaces the stored normaliser, and the same text gets other ids than those PairRM was trained on.
+    """
+    try:
+        stored = os.path.exists(os.path.join(directory, "tokenizer.json"))
+        return (PreTrainedTokenizerFast if stored else AutoTokenizer).from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        raise UserError(f"{directory} has no tokenizer that can be read ({_first_line(error)}); put its tokenizer.json "
+                        "there") from None
+
+
+def _marker_ids(tokenizer, settings, config, path):
+    """Ids of <|source|>, <|candidate1|>, <|candidate2|>: the config's where it has them, else the tokenizer's."""
+    tokenizer.add_tokens(MARKERS)  # adds only what is missing; the ranker's layout leaves this to the reader
+    stored = tokenizer.convert_tokens_to_ids(MARKERS)
+    keys = ["source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"]
+    ids = [settings.get(key, known) for key, known in zip(keys, stored)]
+    if max(*ids, len(tokenizer) - 1) >= config.vocab_size:
+        raise UserError(f"{path}: the tokenizer's {len(tokenizer)} tokens do not fit the model's {config.vocab_size} "
+                        "embeddings; give the tokenizer that belongs to the weights")
+    empty = tokenizer(MARKERS[-1])["input_ids"]
+    if len(empty) != 3 or empty[1] != stored[-1]:
+        raise UserError(f"{path}: the tokenizer does not write [CLS] {MARKERS[-1]} text [SEP]; give PairRM's own")
+    return ids
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
