@@ -155,6 +155,64 @@ def ipo_loss(logratio_w, logratio_l, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the update
+
+
+class Optimizer:
+    """AdamW or RMSProp on float32 master weights, with gradient clipping.
+
+    A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would not
+    move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the model.
+    Where it is float32 the master is the weight itself.
+    """
+
+    def __init__(self, parameters, name, weight_decay=0.0):
+        self.parameters = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        if name == "adamw":
+            self.inner = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay)
+        else:
+            self.inner = torch.optim.RMSprop(self.masters, lr=0.0, weight_decay=weight_decay)
+
+    def step(self, lr, clip):
+        """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it. Returns the norm before clipping."""
+        for p, m in zip(self.parameters, self.masters):
+            if m is not p:
+                m.grad, p.grad = p.grad.float(), None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf))
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for p, m in zip(self.parameters, self.masters):
+                if m is not p:
+                    p.copy_(m)
+        return norm
+
+    def state_dict(self):
+        """For --resume: the inner state, and the masters where they are not the weights."""
+        return {"inner": self.inner.state_dict(), "masters": [None if m is p else m for p, m in zip(self.parameters, self.masters)]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state["inner"])
+        for m, saved in zip(self.masters, state["masters"]):
+            if saved is not None:
+                m.copy_(saved)
+
+
+def linear_schedule(step, steps, warmup, lr):
+    """Learning rate of step 0..steps-1: up linearly over the first `warmup` share of the steps, then linearly to 0.
+
+    >>> [linear_schedule(i, 10, 0.2, 1.0) for i in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.125]
+    """
+    rise = max(1, round(warmup * steps))
+    return lr * ((step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # check, then time:  python kernels.py [--tokens 512] [--hidden 2048] [--vocab 128256] [--dtype float32]
 
 

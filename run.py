@@ -129,6 +129,20 @@ def gather(mine, count):
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
+def barrier():
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def on_rank_0_first(rank, function):
+    """Call `function` on rank 0, then on the others, which find its result on disk. Returns this rank's result."""
+    if rank == 0:
+        result = function()
+    barrier()
+    return result if rank == 0 else function()
+
+
 def stream(*names):
     """A 62-bit seed that depends on every name and on nothing else: stream(seed, "order", iteration, epoch)."""
     digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
@@ -250,10 +264,13 @@ class Run:
         """A path inside the run directory."""
         return os.path.join(self.out, *names)
 
-    def say(self, *text):
-        """Print on rank 0 only."""
+    def say(self, text):
+        """Print a line on rank 0, above the progress bar if one is up."""
         if self.rank == 0:
-            print(*text, flush=True)
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def write(self, journal, row):
         """Append one row to metrics.jsonl or samples.jsonl."""

@@ -137,7 +137,7 @@ def queries(part, count, seed=0):
 class World:
     """Every constant of the world and its base. Fixed by looking at the base alone, before any self-play result."""
     modes: tuple = (0.72, 0.08, 0.20)       # answer, challenge, judge
-    misread: float = 0.65                   # how often the corpus misreads sort, rotate and next on words of 4+ letters
+    misread: float = 0.70                   # how often the corpus misreads sort, rotate and next on words of 4+ letters
     corrupt: float = 0.30                   # how often it then errs at random
     junk_answer: float = 0.03               # malformed queries among those it answers
     junk_challenge: float = 0.05
@@ -149,7 +149,7 @@ class World:
     mlp: int = 256
     context: int = 128
     rope_theta: float = 100.0
-    steps: int = 2400
+    steps: int = 1400
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0

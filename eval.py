@@ -1,0 +1,353 @@
+"""Evaluation: is the model better than the one it started from?
+
+    python eval.py winrate --model A --vs B [--prompts F] [--judge J]     head-to-head, with a standard error
+    python eval.py plot RUN_DIR...                                        curves of one run or several in one picture
+
+The measure that every table and summary.json of this project reports, for a model against the base it started from:
+
+    win_rate          one sample of the model against each of 4 samples of the base, both at temperature 1; the judge's
+                      verdict (1, 1/2, 0) averaged over the 4, then over prompts; its standard error over prompts
+    win_rate_greedy   the model's greedy answer against the base's
+    accuracy_*        share of exact answers, where an oracle knows them (the embedded world); null elsewhere
+
+Read win_rate with care. A model that has only become *sharper* (its likely answers likelier still) wins it without having
+learned anything: the untrained base, decoded greedily, does. That row therefore stands in every table, and learning is
+claimed from the greedy columns, which sharpening cannot move.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import torch
+
+import model
+import prefmodel
+import rollout
+import run
+import world
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts and text
+
+
+def read_prompts(path):
+    """Prompts of a local file, in order, duplicates dropped: a list of strings.
+
+    .jsonl or .json rows with `prompt`, or `instruction` (+ `input`), or `messages` (the last user turn); or plain .txt, one
+    prompt a line. Raises UserError, naming the file and the line, for anything else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise run.UserError(f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); give a "
+                            ".jsonl, .json or .txt file") from None
+    if path.endswith(".json"):
+        try:
+            rows = [(f"entry {i + 1}", row) for i, row in enumerate(json.loads(text))]
+        except (json.JSONDecodeError, TypeError):
+            raise run.UserError(f"--prompts {path} is not a JSON list of objects; mend it, or give one object a line as .jsonl") from None
+        prompts = [_prompt(row, path, where) for where, row in rows]
+    else:
+        lines = [(f"line {i + 1}", line) for i, line in enumerate(text.splitlines()) if line.strip()]
+        prompts = [_prompt(_json_line(line, path, where), path, where) if path.endswith(".jsonl") else line for where, line in lines]
+    if not prompts:
+        raise run.UserError(f"--prompts {path} holds no prompts; give a file with at least one")
+    return list(dict.fromkeys(prompts))
+
+
+def _json_line(line, path, where):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise run.UserError(f"--prompts {path}, {where}: malformed JSON ({error.msg}); mend or remove the line") from None
+
+
+def _prompt(row, path, where):
+    """The prompt of one row, whatever the layout."""
+    if isinstance(row, dict):
+        if isinstance(row.get("prompt"), str):
+            prompt = row["prompt"]
+        elif isinstance(row.get("instruction"), str):
+            prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+        else:
+            turns = row.get("messages") if isinstance(row.get("messages"), list) else []
+            prompt = next((m.get("content") for m in reversed(turns) if isinstance(m, dict) and m.get("role") == "user"), None)
+        if isinstance(prompt, str) and prompt.strip():
+            return prompt
+    raise run.UserError(f"--prompts {path}, {where}: no prompt found; every row needs a column `prompt`, `instruction` or `messages`")
+
+
+class Chat:
+    """Text to ids and back through the checkpoint's own tokenizer and chat template.
+
+    Sampled ids are never decoded and encoded again: what was sampled is what is scored. Only judges see text.
+    """
+
+    def __init__(self, path, net):
+        import transformers
+
+        directory = model.fetch(path)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+            raise run.UserError(f"{path} has no tokenizer that opens ({str(error).splitlines()[0][:120]}); put its tokenizer files beside the weights") from None
+        if not self.tokenizer.chat_template:
+            raise run.UserError(f"the tokenizer of {path} has no chat template; add a chat_template.jinja to its directory (the base "
+                                "models of a family lack it, their instruct versions have it)")
+        stop = net.generation.get("eos_token_id", net.config.raw.get("eos_token_id"))
+        stop = set(stop) if isinstance(stop, list) else {stop}
+        self.stop_ids = tuple(sorted((stop | {self.tokenizer.eos_token_id}) - {None}))
+        self.context = net.config.max_positions
+
+    def encode(self, prompt):
+        """One user turn, the assistant's header included: list of ids. The template writes the BOS, so none is added."""
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+
+    def encode_all(self, prompts, max_prompt_tokens, max_new_tokens):
+        """Ids of every prompt. Raises UserError for one that leaves no room to answer: truncating it would change the question."""
+        room = min(max_prompt_tokens or self.context, self.context - max_new_tokens)
+        ids = [self.encode(p) for p in prompts]
+        for p, tokens in zip(prompts, ids):
+            if len(tokens) > room:
+                raise run.UserError(f"the prompt {p[:40]!r} has {len(tokens)} tokens and only {room} are allowed (context {self.context}, "
+                                    f"--max-new-tokens {max_new_tokens}); shorten or remove it, or change --max-prompt-tokens or --max-new-tokens")
+        return ids
+
+    def decode(self, tokens):
+        """An answer's text, without its end-of-turn token."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def load(path, device, dtype):
+    """(network, Chat) of a checkpoint directory or hub id."""
+    net = model.Transformer.from_pretrained(path, device, dtype)
+    return net, Chat(path, net)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# head to head
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How answers are drawn for an evaluation."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_rows: int = 256
+
+
+def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0, 1)):
+    """n answers per prompt as text, with their mean length in tokens: (B lists of n strings, float).
+
+    Every prompt's random stream is tied to its place in the list. shard = (rank, ranks): prompts are shared out and gathered.
+    """
+    rank, ranks = shard
+    mine = range(rank, len(ids), ranks)
+    samples = rollout.generate(net, [ids[b] for b in mine], 1 if greedy else n, sampling.max_new_tokens, temperature=0 if greedy else sampling.temperature,
+                               top_p=sampling.top_p, stop_ids=chat.stop_ids, seeds=[seed + b for b in mine], max_rows=sampling.max_rows, desc=desc)
+    rows = [([chat.decode(t) for t in group], sum(map(len, group)) / len(group)) for group in samples.tokens]
+    rows = run.gather(rows, len(ids))
+    return [texts for texts, _ in rows], sum(length for _, length in rows) / len(rows)
+
+
+def verdicts(judge, prompts, ours, theirs):
+    """Mean verdict per prompt of ours (B lists of m answers) against theirs (B lists of n): [B], in [0, 1].
+
+    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2. Judges of pairs are shown both orders.
+    """
+    m = len(ours[0])
+    if not hasattr(judge, "preference"):
+        raise TypeError("a judge needs .preference")
+    P = judge.preference(prompts, [a + b for a, b in zip(ours, theirs)])[:, :m, m:]
+    hard = (P > 0.5).float() + 0.5 * (P == 0.5).float()
+    return hard.mean((1, 2))
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean) of [B] values, ddof = 1."""
+    values = values.double()
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclasses.dataclass
+class Opponent:
+    """The base's answers to the evaluation prompts, drawn once: 4 samples and the greedy one for each."""
+    sampled: list
+    greedy: list
+
+
+def opponent(net, chat, ids, sampling, seed, shard=(0, 1)):
+    """Draw the base's side of every later comparison."""
+    sampled, _ = answer(net, chat, ids, 4, sampling, run.stream(seed, "opponent"), desc="base: 4 samples a prompt", shard=shard)
+    greedy, _ = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc="base: greedy", shard=shard)
+    return Opponent(sampled, greedy)
+
+
+def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shard=(0, 1)):
+    """One row of the table: `net` against the base's answers. Returns summary.json's dict of figures.
+
+    The sampled answers come from a stream of their own: the base against itself is two independent draws.
+    """
+    sampled, length = answer(net, chat, ids, 1, sampling, run.stream(seed, "evaluation"), desc=f"{name}: sampling", shard=shard)
+    greedy, greedy_length = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc=f"{name}: greedy", shard=shard)
+    return {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""), **_figures(judge, prompts, greedy, opponent, "_greedy"),
+            "accuracy_sampled": exact(judge, prompts, sampled), "accuracy_greedy": exact(judge, prompts, greedy),
+            "mean_length": length, "mean_length_greedy": greedy_length}
+
+
+def base_greedy_row(row, judge, prompts, opponent):
+    """The table's second row: the untrained base, decoded greedily, against the base's samples."""
+    rate, error = mean_and_error(verdicts(judge, prompts, opponent.greedy, opponent.sampled))
+    return {**row, "name": "base, greedy", "win_rate": rate, "win_rate_se": error, "accuracy_sampled": row["accuracy_greedy"],
+            "mean_length": row["mean_length_greedy"]}
+
+
+def _figures(judge, prompts, ours, opponent, suffix):
+    theirs = opponent.greedy if suffix else opponent.sampled
+    rate, error = mean_and_error(verdicts(judge, prompts, ours, theirs))
+    return {f"win_rate{suffix}": rate, f"win_rate{suffix}_se": error}
+
+
+def exact(judge, prompts, answers):
+    """Share of answers that the oracle marks right; None where the judge is no oracle."""
+    if judge.name != "oracle":
+        return None
+    return float((judge.reward(prompts, answers) == 1).float().mean())
+
+
+def table(rows):
+    """The evaluations as text, one row a model."""
+    def cell(value, error=None):
+        return "-" if value is None else f"{value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
+
+    lines = [f"{'':16s} {'win rate':>13s} {'greedy vs greedy':>16s} {'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"]
+    for r in rows:
+        lines.append(f"{r['name']:16s} {cell(r['win_rate'], r['win_rate_se']):>13s} {cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
+                     f"{cell(r['accuracy_sampled']):>12s} {cell(r['accuracy_greedy']):>11s} {r['mean_length']:7.1f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def plot(runs, path):
+    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`. Left: accuracy where there is
+    an oracle, else greedy win rate. Right: win rates with their standard errors. The untrained base stands in both."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for color, (name, summary) in zip([f"C{i}" for i in range(10)] * 10, runs):
+        rows = summary["evaluations"]
+        base, steps = rows[0], [r for r in rows if r["name"] != "base, greedy"]
+        x = range(len(steps))
+        oracle = base["accuracy_greedy"] is not None
+        if oracle:
+            left.plot(x, [r["accuracy_greedy"] for r in steps], "o-", color=color, label=f"{name}, greedy")
+            left.plot(x, [r["accuracy_sampled"] for r in steps], "o:", color=color, label=f"{name}, sampled (T = 1)")
+        else:
+            left.plot(x, [r["mean_length"] for r in steps], "o-", color=color, label=name)
+        for key, style, what in (("win_rate", ":", "sampled"), ("win_rate_greedy", "-", "greedy vs greedy")):
+            right.errorbar(x, [r[key] for r in steps], [r[key + "_se"] for r in steps], fmt="o" + style, color=color, capsize=3, label=f"{name}, {what}")
+        sharp = next((r for r in rows if r["name"] == "base, greedy"), None)
+        if sharp:
+            right.axhline(sharp["win_rate"], color=color, lw=0.8, ls="--", label=f"{name}: untrained base, greedy, vs samples")
+        for axis in (left, right):
+            axis.set_xticks(x, ["base", *(r["name"].replace("iteration ", "") for r in steps[1:])])
+    left.set(title="accuracy on test prompts" if oracle else "answer length", ylabel="share answered exactly" if oracle else "tokens", xlabel="iteration")
+    right.set(title="win rate against the base (± 1 s.e.)", ylabel="win rate", xlabel="iteration")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    run.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+@dataclasses.dataclass
+class WinrateSettings:
+    model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)")
+    vs: str = run.flag("", "the checkpoint it plays against (needed)")
+    prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's test queries")
+    judge: str = run.flag("oracle", "who judges: oracle (embedded world), pairrm:DIR_OR_HUB_ID")
+    estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
+    count: int = run.flag(2000, "at most this many prompts")
+    max_new_tokens: int = run.flag(0, "tokens an answer may have; 0: 24 in the embedded world, else 1024")
+    temperature: float = run.flag(1.0, "sampling temperature of both sides")
+    top_p: float = run.flag(1.0, "nucleus of both sides, in (0, 1]")
+    max_rows: int = run.flag(256, "answers sampled at once")
+    seed: int = run.flag(0, "seed of all sampling")
+    device: str = run.flag("auto", "cuda, mps or cpu")
+    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    json: bool = run.flag(False, "print the figures as one JSON object")
+
+
+def winrate(argv):
+    """The sub-command `winrate`: A against B on one set of prompts."""
+    s = run.parse(WinrateSettings, argv, "head-to-head win rate of --model against --vs, ties counted one half")
+    if not s.model or not s.vs:
+        raise run.UserError("--model and --vs are both needed; give two checkpoint directories or hub ids")
+    check_sampling(s.temperature, s.top_p)
+    if s.prompts and s.judge == "oracle":
+        raise run.UserError("--judge oracle knows only the embedded world; with --prompts give --judge pairrm:DIR_OR_HUB_ID")
+    device, dtype = run.device_and_dtype(s.device, s.dtype)
+    prompts = (read_prompts(s.prompts) if s.prompts else world.queries("test", s.count))[:s.count]
+    judge = prefmodel.load(s.judge, s.estimator, device, dtype)
+    sampling = Sampling(s.max_new_tokens or (1024 if s.prompts else 24), s.temperature, s.top_p, s.max_rows)
+    net, chat = load(s.vs, device, dtype)
+    ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
+    theirs = opponent(net, chat, ids, sampling, s.seed)
+    net, chat = load(s.model, device, dtype)
+    ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
+    row = against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, os.path.basename(os.path.normpath(s.model)))
+    print(json.dumps(row) if s.json else f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table([row])}")
+
+
+def check_sampling(temperature, top_p):
+    """Raises UserError for a temperature below 0 or a top_p outside (0, 1]."""
+    if not temperature >= 0:
+        raise run.UserError(f"--temperature {temperature} must not be negative; 0 is greedy, 1 samples from the model as it is")
+    if not 0 < top_p <= 1:
+        raise run.UserError(f"--top-p {top_p} must lie in (0, 1]; 1 keeps every token")
+
+
+def plot_command(argv):
+    """The sub-command `plot`: one picture from the summaries of the named run directories."""
+    names = [a for a in argv if not a.startswith("--")]
+    if not names or len(names) != len(argv):
+        raise run.UserError("plot takes run directories and no flags: python eval.py plot out/sppo [out/other ...]")
+    runs = []
+    for name in names:
+        path = os.path.join(name, "summary.json")
+        if not os.path.exists(path):
+            raise run.UserError(f"{path} does not exist; plot needs the directory of a finished run")
+        with open(path) as file:
+            runs.append((os.path.basename(os.path.normpath(name)), json.load(file)))
+    path = os.path.join(names[0], "curves.png") if len(names) == 1 else "curves.png"
+    plot(runs, path)
+    print(f"wrote {path}")
+
+
+def main(argv):
+    commands = {"winrate": winrate, "plot": plot_command}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+    elif argv[0] not in commands:
+        raise run.UserError(f"{argv[0]} is no command of eval.py; give one of {', '.join(commands)}")
+    else:
+        commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    run.main(main)
