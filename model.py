@@ -105,9 +105,18 @@ def _read_windows(raw, family, layers):
 
 
 def _attend(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention on [R, T, heads, hd] queries and [R, S, nkv, hd] keys and values -> [R, T, heads, hd]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                         is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd], mask [.., T, S] -> [R, T, nh, hd].
+
+    With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it: torch's
+    memory-saving kernels take a mask or grouped heads, not both.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    if mask is None or groups == 1:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+    else:
+        folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                 # [R, nkv, groups * T, hd]
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=torch.cat([mask] * groups, -2)).view(q.shape)
     return out.transpose(1, 2)
 
 
@@ -244,7 +253,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0            # of the live rows, on the host: no device round trip a layer
         self.live = 0
-        self.all_rows = torch.arange(rows, device=device)
+        self.heads = torch.arange(rows * config.num_kv_heads, device=device).view(rows, -1) * max_len   # where each row's head begins
         self.columns = torch.arange(max_len, device=device)
 
     def admit(self, prefill, n):
@@ -272,6 +281,7 @@ class KVCache:
         R = self.live
         self.longest = self.max_position = longest
         self.positions = self.lengths[:R].clone()                               # [R] the new token's position
+        self.slots = (self.heads[:R] + self.positions[:, None]).flatten()       # [R * nkv] where its keys and values go
         self.lengths[:R] += 1
         self.masks = {}
 
@@ -282,9 +292,8 @@ class KVCache:
         read once instead of being repeated.
         """
         R, nkv, L = len(q), k.shape[1], self.longest
-        rows = self.all_rows[:R]
-        self.k[layer, rows, :, self.positions] = k
-        self.v[layer, rows, :, self.positions] = v
+        self.k[layer].view(-1, k.shape[-1]).index_copy_(0, self.slots, k.reshape(-1, k.shape[-1]))
+        self.v[layer].view(-1, v.shape[-1]).index_copy_(0, self.slots, v.reshape(-1, v.shape[-1]))
         if window not in self.masks:
             seen = _causal(self.positions[:, None], self.columns[None, :L], window)
             self.masks[window] = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)[:, None, None]
@@ -321,7 +330,7 @@ class Layer(nn.Module):
             qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, self.eps), F.rms_norm(qk[:, nh:], (hd,), self.k_norm, self.eps)], 1)
         # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves; the minus
         # sign of the rotation is already in `sin`.
-        qk = qk * cos + qk.roll(hd // 2, -1) * sin
+        qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
         x = x + self.o(view.attend(layer, qk[:, :nh], qk[:, nh:], v, window).flatten(1))
         gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)

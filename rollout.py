@@ -69,7 +69,7 @@ def row_streams(seeds, n, device="cpu"):
 
 
 def uniform(stream, position):
-    """[R] float32 in [0, 1), multiples of 2^-24, from int64 [R] streams and positions."""
+    """float32 in [0, 1), multiples of 2^-24, from int64 streams and positions, broadcast against each other."""
     bits = _mix(stream + (position + 1) * _int64(0xD1342543DE82EF95))
     return ((bits >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
 
@@ -153,13 +153,12 @@ class _Rows:
         self.logprob = torch.zeros(rows, max_new, device=device)
         self.made = torch.zeros(rows, dtype=torch.long, device=device)              # how many so far
         self.limit = torch.zeros(rows, dtype=torch.long, device=device)
-        self.stream = torch.zeros(rows, dtype=torch.long, device=device)
+        self.uniform = torch.zeros(rows, max_new, device=device)                    # the randomness of every position
         self.token = torch.zeros(rows, dtype=torch.long, device=device)             # the latest
         self.owner = [None] * rows                                                  # (b, i) on the host
-        self.index = torch.arange(rows, device=device)
 
     def keep(self, holes, movers):
-        for x in (self.out, self.logprob, self.made, self.limit, self.stream, self.token):
+        for x in (self.out, self.logprob, self.made, self.limit, self.uniform, self.token):
             x[holes] = x[movers]
         for hole, mover in zip(holes.tolist(), movers.tolist()):
             self.owner[hole] = self.owner[mover]
@@ -242,7 +241,8 @@ def _prefill(net, cache, rows, chosen, prompts, n, streams, limits):
     new = slice(cache.live, cache.live + len(chosen) * n)
     cache.admit(view, n)
     rows.made[new] = 0
-    rows.stream[new] = streams[chosen.start:chosen.stop].flatten()
+    stream = streams[chosen.start:chosen.stop].reshape(-1, 1)
+    rows.uniform[new] = uniform(stream, torch.arange(rows.uniform.shape[1], device=net.device))
     rows.limit[new] = torch.tensor([l for b in chosen for l in limits[b]], device=net.device)
     rows.owner[new] = [(b, i) for b in chosen for i in range(n)]
     return hidden
@@ -250,11 +250,12 @@ def _prefill(net, cache, rows, chosen, prompts, n, streams, limits):
 
 def _append(rows, live, logits, temperature, top_p, top_k):
     """Draw the next token of every live row and write it down."""
-    made = rows.made[live]
-    token, logprob = choose(logits, uniform(rows.stream[live], made), temperature, top_p, top_k)
+    made = rows.made[live][:, None]
+    u = rows.uniform[live].gather(1, made).squeeze(1)
+    token, logprob = choose(logits, u, temperature, top_p, top_k)
     rows.token[live] = token
-    rows.out[rows.index[live], made] = token
-    rows.logprob[rows.index[live], made] = logprob
+    rows.out[live].scatter_(1, made, token[:, None])
+    rows.logprob[live].scatter_(1, made, logprob[:, None])
     rows.made[live] += 1
 
 

@@ -19,6 +19,7 @@ repeat the uninterrupted one bit for bit.
 import argparse
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -173,14 +174,15 @@ def write_atomically(path, write):
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         write(temporary)
-        if os.path.isdir(path):
-            shutil.rmtree(path)  # a directory cannot be replaced in one step; this window is the only one
+        if os.path.isdir(path):  # a directory cannot be replaced in one step, so the old one steps aside first
+            os.replace(path, f"{temporary}-old")
         os.replace(temporary, path)
     finally:
-        if os.path.isdir(temporary):
-            shutil.rmtree(temporary)
-        elif os.path.exists(temporary):
-            os.remove(temporary)
+        for left in (temporary, f"{temporary}-old"):
+            if os.path.isdir(left):
+                shutil.rmtree(left)
+            elif os.path.exists(left):
+                os.remove(left)
 
 
 def write_json(path, value):
@@ -211,31 +213,36 @@ class Run:
     JOURNALS = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, out, settings, resume=False, overwrite=False, rank=0):
-        self.out, self.rank, self.seconds = str(out), rank, {}
+        self.out, self.rank, self.seconds, self.state = str(out), rank, {}, None
         settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "overwrite")}
-        self.state = None
-        config = os.path.join(self.out, "config.json")
-        try:
-            if os.path.exists(config) and resume:
-                self._check_same(config, settings)
-                self.state = self._load_state()
-            elif os.path.exists(config) and overwrite and rank == 0:
-                shutil.rmtree(self.out)
-            elif os.path.isdir(self.out) and os.listdir(self.out) and not overwrite and rank == 0:
-                raise UserError(f"--out {self.out} already holds files; give --resume to continue that run, --overwrite to "
-                                "replace it, or another --out")
-            elif overwrite and os.path.isdir(self.out) and os.listdir(self.out) and rank == 0:
-                raise UserError(f"--out {self.out} holds files that are not a run's, so --overwrite leaves them alone; "
-                                "give another --out")
-            if resume and self.state is None:
+        if rank == 0:
+            try:
+                self._prepare(settings, resume, overwrite)
+            except OSError as error:
+                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give a directory that can") from None
+        barrier()
+        if resume:
+            self.state = self._load_state()
+            if self.state is None:
                 self.say(f"nothing to resume in {self.out}: starting afresh")
-            if rank == 0:
-                os.makedirs(os.path.join(self.out, "state"), exist_ok=True)
-                write_json(config, settings)
-                if self.state is None:
-                    self._truncate({name: 0 for name in self.JOURNALS})
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give a directory that can") from None
+        if self.state is None and rank == 0:
+            self._truncate(dict.fromkeys(self.JOURNALS, 0))
+        barrier()
+
+    def _prepare(self, settings, resume, overwrite):
+        """Make the directory, unless it holds something that this run must not touch."""
+        config = self.path("config.json")
+        if os.path.exists(config) and resume:
+            self._check_same(config, settings)
+            for left in glob.glob(self.path("*.tmp-*")):  # what a kill left behind in the middle of a rename
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+        elif os.path.exists(config) and overwrite:
+            shutil.rmtree(self.out)
+        elif os.path.isdir(self.out) and os.listdir(self.out):
+            raise UserError(f"--out {self.out} holds files that are not a run's; give another --out" if overwrite or resume else
+                            f"--out {self.out} already holds files; give --resume to continue that run, --overwrite to replace it, or another --out")
+        os.makedirs(self.path("state"), exist_ok=True)
+        write_json(config, settings)
 
     def _check_same(self, config, settings):
         with open(config) as file:
@@ -246,7 +253,7 @@ class Run:
                                 f"{settings.get(name)}; give the same --{name.replace('_', '-')} or another --out")
 
     def _load_state(self):
-        path = os.path.join(self.out, "state", "state.pt")
+        path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -257,7 +264,7 @@ class Run:
 
     def _truncate(self, sizes):
         for name, size in sizes.items():
-            with open(os.path.join(self.out, name), "ab") as file:
+            with open(self.path(name), "ab") as file:
                 file.truncate(size)
 
     def path(self, *names):

@@ -33,7 +33,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 
 import torch
 import torch.distributed as dist
@@ -48,10 +47,10 @@ import world
 from run import flag
 
 # What a setting is when its flag is not given. WORLD was picked on the world's validation prompts; PAPER is section 5.1.
-WORLD = dict(prompts_per_iteration=2048, eta=20.0, lr=5e-4, optimizer="adamw", epochs=6, max_new_tokens=24, max_prompt_tokens=0,
-             micro_batch=64, max_rows=512, validation_prompts=512, test_prompts=2000, print_every=32)
+WORLD = dict(prompts_per_iteration=4096, eta=20.0, lr=5e-4, optimizer="adamw", epochs=6, max_new_tokens=24, max_prompt_tokens=0,
+             micro_batch=64, max_rows=512, validation_prompts=512, test_prompts=2000, print_every=64)
 PAPER = dict(prompts_per_iteration=20000, eta=1e3, lr=5e-7, optimizer="rmsprop", epochs=1, max_new_tokens=1024, max_prompt_tokens=512,
-             micro_batch=4, max_rows=128, validation_prompts=256, test_prompts=256, print_every=1)
+             micro_batch=1, max_rows=128, validation_prompts=256, test_prompts=256, print_every=1)
 
 
 @dataclasses.dataclass
@@ -62,7 +61,7 @@ class Settings:
                           ("pairwise", "aggregate"))
     prompts: str = flag("", "prompts file: .jsonl/.json with prompt, instruction (+ input) or messages; .txt with one a line")
     iterations: int = flag(3, "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3)")
-    prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration [world 2048, else 20000]")
+    prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration [world 4096, else 20000]")
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)")
     eta: float | None = flag(None, "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2) [world 20, else 1e3]")
     lr: float | None = flag(None, "peak learning rate [world 5e-4, else 5e-7]")
@@ -72,7 +71,7 @@ class Settings:
     weight_decay: float = flag(0.0, "of AdamW or RMSProp")
     clip: float = flag(1.0, "largest gradient norm; 0 = no clipping")
     batch_size: int = flag(64, "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each")
-    micro_batch: int | None = flag(None, "prompts per forward and backward pass and rank; less saves memory, the gradient is the same [world 64, else 4]")
+    micro_batch: int | None = flag(None, "prompts per forward and backward pass and rank; less saves memory, the gradient is the same [world 64, else 1]")
     temperature: float = flag(1.0, "of sampling (section 5.1: 1)")
     top_p: float = flag(1.0, "nucleus of sampling, in (0, 1] (section 5.1: 1)")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0 = all")
@@ -81,7 +80,7 @@ class Settings:
     max_rows: int | None = flag(None, "answers in flight while sampling; bounds the KV cache [world 512, else 128]")
     validation_prompts: int | None = flag(None, "held-out prompts that choose the checkpoint [world 512, else 256]")
     test_prompts: int | None = flag(None, "held-out prompts of the final table; nothing is chosen on them [world 2000, else 256]")
-    print_every: int | None = flag(None, "optimizer steps between printed lines; metrics.jsonl has every step [world 32, else 1]")
+    print_every: int | None = flag(None, "optimizer steps between printed lines; metrics.jsonl has every step [world 64, else 1]")
     save_every: int = flag(0, "optimizer steps between saved states, besides those at every epoch's end; 0 = only those")
     seed: int = flag(0, "fixes everything that is drawn")
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
@@ -234,11 +233,10 @@ def sampling_of(s):
     return eval.Sampling(s.max_new_tokens, max_rows=s.max_rows)
 
 
-def base_side(r, net_path, s, device, dtype, sets, shard):
+def base_side(r, net, chat, s, sets, shard):
     """The base's answers to the held-out prompts, {name: Opponent}; drawn once and kept in state/ for --resume."""
     path = r.path("state", "base_side.json")
     if not os.path.exists(path):
-        net, chat = eval.load(net_path, device, dtype)
         drawn = {}
         for name, prompts in sets.items():
             ids = chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
@@ -256,7 +254,6 @@ def base_side(r, net_path, s, device, dtype, sets, shard):
 
 def main(argv):
     # -- settings, set-up ---------------------------------------------------------------------------------------------
-    started = time.perf_counter()
     s = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0] + "\n\nA default in [brackets]; the README explains every logged metric."))
     device, dtype = run.device_and_dtype(s.device, s.dtype)
     rank, ranks, device = run.init_ranks(device)
@@ -275,7 +272,7 @@ def main(argv):
     state = r.state or {"iteration": 1, "step": 0, "best": None, "evaluations": []}
     evaluations, sampling = state["evaluations"], sampling_of(s)
     with r.phase("evaluate"):
-        base = base_side(r, base_path, s, device, dtype, {"validation": validation, "test": test}, shard)
+        base = base_side(r, net, chat, s, {"validation": validation, "test": test}, shard)
         test_ids = chat.encode_all(test, s.max_prompt_tokens, s.max_new_tokens)
         if not evaluations:
             evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, "base", shard))
@@ -285,6 +282,7 @@ def main(argv):
     for t in range(state["iteration"], s.iterations + 1):
         # pi_t: where this iteration starts, and its reference
         pi_t = r.path(f"iter-{t - 1}") if t > 1 else base_path
+        net = forward = optimizer = None                # let go of the last iteration's memory first
         net = model.Transformer.from_pretrained(pi_t, device, dtype)
         pairs_path = r.path("state", f"pairs-{t}.json")
 
@@ -340,6 +338,7 @@ def main(argv):
 
         # -- evaluate -------------------------------------------------------------------------------------------------
         run.barrier()
+        net = forward = optimizer = None
         net = model.Transformer.from_pretrained(r.path(f"iter-{t}"), device, dtype)
         with r.phase("evaluate"):
             evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, f"iteration {t}", shard) | {"epoch": best["epoch"]})
@@ -348,7 +347,7 @@ def main(argv):
         r.save_state(**state)
 
     # -- summary ------------------------------------------------------------------------------------------------------
-    r.seconds["total"] = r.seconds.get("total", 0.0) + time.perf_counter() - started
+    r.seconds["total"] = sum(r.seconds.values())
     if rank == 0:
         summary = {"method": "sppo", "settings": dataclasses.asdict(s), **run.environment(), "base": str(base_path),
                    "seconds": {name: round(value, 1) for name, value in r.seconds.items()}, "evaluations": evaluations}

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -7,3 +8,146 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes; CI does)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small checkpoints that several files share
+
+PROMPTS = """\
+Name three rivers that flow through more than one country.
+Write a short apology for arriving late at a meeting.
+What is the difference between weather and climate?
+Explain photosynthesis to a ten-year-old in four sentences.
+Translate "good morning, how did you sleep?" into French.
+List the ingredients of a simple tomato soup.
+How many minutes are there in three and a half hours?
+Correct the grammar: "She don't likes to swims in cold water."
+Give two arguments for and two against school uniforms.
+Suggest a name for a café that sells only tea and books.
+Which of these is None of the above: a cat, a dog, a horse? Answer None if all are animals.
+Write a haiku about the first snow.
+Summarise the plot of Romeo and Juliet in two sentences.
+What does the Python expression `x = None` do, and what is `x is None` then?
+Convert 68 degrees Fahrenheit to Celsius.
+Describe a lighthouse at night without using the word "light".
+What should I pack for a weekend in the mountains?
+Rewrite politely: "Send me the report now."
+Who wrote "The Old Man and the Sea", and when?
+Give me a riddle whose answer is "a shadow".
+Sort these words alphabetically: pear, apple, fig, banana.
+Why does ice float on water?
+Draft a tweet that announces a charity run on Sunday.
+What is the capital of Australia? (It is not Sydney.)
+Turn this into a question: The library closes at eight.
+Find the odd one out: violin, cello, trumpet, viola.
+Explain what a hash table is and why lookups are fast.
+Compose a birthday wish for a colleague I hardly know.
+How would you teach a dog to sit?
+Name a fruit that is botanically a berry but is not called one.
+What is 15 % of 240? Show the steps.
+Write one sentence in the passive voice about a broken window.
+Give a synonym and an antonym of "brisk".
+Plan a vegetarian dinner for four in under forty minutes.
+Is a tomato a fruit or a vegetable? Argue both sides briefly.
+What causes the tides?
+Write a regular expression that matches a date such as 2024-05-31.
+Tell a two-line story about a lost key.
+Classify the sentiment: "The soup was cold, but the waiter was lovely."
+What are the primary colours of light, and what are those of paint?""".splitlines()
+
+LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+                   " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Work in a directory of the test's own: nothing is written into the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The embedded world's base, smaller and trained for two seconds: it answers in letters and ends its turn."""
+    import world
+
+    directory = str(tmp_path_factory.mktemp("world") / "base")
+    world.train_base(directory, world.World(steps=150, width=48, layers=2, mlp=96, batch=32), "cpu")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    """Forty written instructions as .jsonl."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return str(path)
+
+
+def bpe(special, **post):
+    """A byte-level BPE tokenizer trained on PROMPTS, `special` tokens first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(PROMPTS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.post_processor = processors.TemplateProcessing(**post)
+    return core
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    """A random checkpoint that is Llama 3 in everything but size: grouped queries, scaled RoPE, untied head, byte-level BPE,
+    a tokenizer that prepends BOS to plain text, a chat template that writes BOS itself, two end tokens."""
+    import transformers
+
+    directory = str(tmp_path_factory.mktemp("llama3") / "checkpoint")
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    core = bpe(special, single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[0], eos_token=special[4], chat_template=LLAMA3_TEMPLATE,
+                                         clean_up_tokenization_spaces=False).save_pretrained(directory)
+    torch.manual_seed(0)
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=core.get_vocab_size(), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, rope_parameters=rope, tie_word_embeddings=False, bos_token_id=0, eos_token_id=[1, 4]))
+    with torch.no_grad():  # logits of spread 1, the end tokens' of spread 2: about half of the answers end within 24 tokens
+        net.lm_head.weight.mul_(8)
+        net.lm_head.weight[[1, 4]] *= 2
+    net.generation_config.eos_token_id = [1, 4]
+    net.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pairrm(tmp_path_factory):
+    """A random PairRM in the layout of llm-blender/PairRM-hf that reads the same text as `llama3`."""
+    from test_prefmodel import CONFIG, HF_KEYS, MARKERS, reference_net, write_json, write_weights
+
+    directory = tmp_path_factory.mktemp("judge") / "pairrm"
+    directory.mkdir()
+    core = bpe(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *MARKERS], single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    core.save(f"{directory}/tokenizer.json")
+    write_json(f"{directory}/tokenizer_config.json", {"sep_token": "[SEP]", "cls_token": "[CLS]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
+    size = core.get_vocab_size()
+    ids = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"), map(core.token_to_id, MARKERS)))
+    write_json(f"{directory}/config.json", {**CONFIG, **HF_KEYS, **ids, "vocab_size": size})
+    write_weights(directory, *reference_net(vocab_size=size))
+    return str(directory)

@@ -1,0 +1,541 @@
+"""model.py: every family against transformers, the three views against the textbook forward, checkpoints good and bad.
+
+The checkpoints are random and tiny. All weights are drawn, norms and biases too, and large enough that a wrong rotation,
+window or bias moves the logits by a hundred times the tolerances (`test_logits_equal_transformers` shows it).
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import kernels
+import model
+from model import Transformer
+from run import UserError
+
+WINDOW = 4
+SIZE = dict(vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+FAMILIES = {
+    "llama": LlamaConfig(**SIZE, num_key_value_heads=2, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**SIZE, num_key_value_heads=4, attention_bias=True, mlp_bias=True,
+                              rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=4.0)),
+    "mistral": MistralConfig(**SIZE, num_key_value_heads=1, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**SIZE, num_key_value_heads=2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+}
+WINDOWED = ["mistral", "qwen2"]
+ROWS = [[5, 9, 33, 7, 60, 2, 18, 4, 4, 51, 12, 40], [8, 1, 55], [3, 3, 29, 30, 31, 8, 8, 17]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{family: (directory written by transformers, the transformers model)}."""
+    made = {}
+    for family, config in FAMILIES.items():
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for name, p in hf.named_parameters():
+                p.normal_(0, 0.3)
+                if "norm" in name:
+                    p.add_(1)
+        directory = tmp_path_factory.mktemp(family) / "hf"
+        hf.save_pretrained(directory)
+        made[family] = str(directory), hf
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, checkpoints):
+    return request.param, *checkpoints[request.param]
+
+
+@torch.no_grad()
+def logits(net, row):
+    """[T, V] of one row, from ours or transformers'."""
+    tokens = torch.tensor([row])
+    return net.logits(net(tokens))[0] if isinstance(net, Transformer) else net(tokens).logits[0]
+
+
+def read_json(*path):
+    with open(os.path.join(*path)) as file:
+        return json.load(file)
+
+
+def write_json(value, *path):
+    with open(os.path.join(*path), "w") as file:
+        json.dump(value, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the forward
+
+
+def without_windows(net):
+    net.config.windows = (None,) * net.config.num_layers
+
+
+def without_rope_scaling(net):
+    net.config.rope["rope_type"] = "default"
+
+
+def without_out_bias(net):
+    for layer in net.layers:
+        layer.o.bias.data.zero_()
+
+
+def without_qk_norm(net):
+    for layer in net.layers:
+        layer.k_norm.data.fill_(1)
+
+
+SPOIL = {"llama": without_rope_scaling, "llama-bias": without_out_bias, "mistral": without_windows,
+         "qwen2": without_windows, "qwen3": without_qk_norm}
+
+
+def test_logits_equal_transformers(family):
+    """And not vacuously: the logits are spread out, and without the family's own trait they come out wrong."""
+    name, directory, hf = family
+    net = Transformer.from_pretrained(directory)
+    for row in ROWS:
+        want = logits(hf, row)
+        assert want.std() > 1
+        torch.testing.assert_close(logits(net, row), want, atol=1e-4, rtol=0)
+    SPOIL[name](net)
+    net._rope_table = None
+    assert (logits(net, ROWS[0]) - logits(hf, ROWS[0])).abs().max() > 1e-2
+
+
+def test_linear_rope_scaling_matters(checkpoints):
+    directory, hf = checkpoints["llama-bias"]
+    net = Transformer.from_pretrained(directory)
+    without_rope_scaling(net)
+    assert (logits(net, ROWS[0]) - logits(hf, ROWS[0])).abs().max() > 1e-2
+
+
+def test_padding_on_the_right_changes_nothing_on_the_left(family):
+    net = Transformer.from_pretrained(family[1])
+    T = max(map(len, ROWS))
+    for pad in (0, 59):
+        hidden = net(torch.tensor([row + [pad] * (T - len(row)) for row in ROWS]))
+        assert hidden.shape == (3, T, 32)
+        for row, mine in zip(ROWS, net.logits(hidden)):
+            torch.testing.assert_close(mine[:len(row)], logits(net, row), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_a_bfloat16_model_are_float32(checkpoints):
+    directory, hf = checkpoints["qwen3"]
+    net = Transformer.from_pretrained(directory, dtype=torch.bfloat16)
+    assert net.dtype == net(torch.tensor([ROWS[0]])).dtype == torch.bfloat16
+    got, want = logits(net, ROWS[0]), logits(hf, ROWS[0])
+    assert got.dtype == torch.float32 and 0 < (got - want).norm() < 0.05 * want.norm()
+
+
+def test_positions_beyond_the_first_rope_table(checkpoints):
+    """The table of rotations grows on demand: a long row after a short one, past the first 256 positions."""
+    directory, hf = checkpoints["qwen3"]
+    net = Transformer.from_pretrained(directory)
+    logits(net, ROWS[1])
+    row = [(7 * i) % 61 for i in range(300)]
+    torch.testing.assert_close(logits(net, row), logits(hf, row), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_older_spellings_of_the_config(checkpoints, tmp_path, name):
+    """torch_dtype, rope_theta and rope_scaling with "type", as in checkpoints written before transformers 5."""
+    directory = shutil.copytree(checkpoints[name][0], tmp_path / "old")
+    raw = read_json(directory, "config.json")
+    rope = raw.pop("rope_parameters")
+    raw["torch_dtype"] = raw.pop("dtype")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = {**rope, "type": rope.pop("rope_type")} if rope["rope_type"] != "default" else None
+    raw.pop("layer_types", None)  # Qwen2's windows then follow from max_window_layers
+    write_json(raw, directory, "config.json")
+    net = Transformer.from_pretrained(directory)
+    torch.testing.assert_close(logits(net, ROWS[0]), logits(checkpoints[name][1], ROWS[0]), atol=1e-4, rtol=0)
+    net.save_pretrained(tmp_path / "new")
+    assert read_json(tmp_path, "new", "config.json").get("torch_dtype") is None
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), ROWS[0]),
+                               logits(net, ROWS[0]), atol=1e-4, rtol=0)
+
+
+def test_an_unused_window_is_no_window(checkpoints, tmp_path):
+    """Qwen2's published configs name a sliding_window and switch it off beside it; Llama has none."""
+    directory = shutil.copytree(checkpoints["qwen2"][0], tmp_path / "off")
+    raw = read_json(directory, "config.json")
+    raw.pop("layer_types")
+    write_json({**raw, "use_sliding_window": False, "max_window_layers": 0}, directory, "config.json")
+    assert Transformer.from_pretrained(directory).config.windows == (None, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shared prompts: equal to running every (prompt, response) row by itself
+
+PROMPTS = [ROWS[0], [6], ROWS[1], ROWS[2]]  # 12, 1, 3 and 8 tokens: longer and shorter than the window
+RESPONSES = [[[7], [20, 21, 22, 23, 24, 25, 26], [9, 2]], [[11, 12], [13, 14, 15, 2]], [], [[44, 2], []]]
+
+
+def naive_logprobs(net):
+    """The same tokens in the same order, one unshared row after the other, from the textbook forward."""
+    out = []
+    for prompt, group in zip(PROMPTS, RESPONSES):
+        for response in filter(None, group):
+            row = torch.tensor(prompt + response)
+            hidden = net(row[None])[0]
+            out.append(net.logits(hidden).log_softmax(-1)[len(prompt) - 1:-1].gather(-1, row[len(prompt):, None]).squeeze(-1))
+    return torch.cat(out)
+
+
+def test_shared_prefix_equals_naive_rows_in_values_and_gradients(family):
+    net = Transformer.from_pretrained(family[1])
+    shared, row, rows = model.response_logprobs(net, PROMPTS, RESPONSES)
+    naive = naive_logprobs(net)
+    assert rows == 6 and row.tolist() == [0] + [1] * 7 + [2, 2, 3, 3, 4, 4, 4, 4, 5, 5]  # empty responses have no row
+    torch.testing.assert_close(shared, naive, atol=2e-5, rtol=1e-5)
+    coefficient = torch.randn(len(naive), generator=torch.Generator().manual_seed(0))
+    mine = torch.autograd.grad((shared * coefficient).sum(), list(net.parameters()))
+    want = torch.autograd.grad((naive * coefficient).sum(), list(net.parameters()))
+    for (name, _), a, b in zip(net.named_parameters(), mine, want):
+        assert b.norm() > 0 and (a - b).norm() < 1e-5 * b.norm(), name
+
+
+def test_response_logprobs_equal_transformers(family):
+    """An independent model and the definition: log_softmax of the whole row, shifted by one, gathered, summed."""
+    _, directory, hf = family
+    with torch.no_grad():
+        logprob, row, rows = model.response_logprobs(Transformer.from_pretrained(directory), PROMPTS, RESPONSES)
+    want = []
+    for prompt, group in zip(PROMPTS, RESPONSES):
+        for response in filter(None, group):
+            table = logits(hf, prompt + response).log_softmax(-1)
+            want.append(sum(table[len(prompt) - 1 + i, token] for i, token in enumerate(response)))
+    torch.testing.assert_close(kernels.sum_rows(logprob, row, rows), torch.stack(want), atol=1e-4, rtol=1e-5)
+
+
+def test_nothing_in_the_pack_is_computed_twice_or_padded():
+    view = model.SharedPrefix(PROMPTS, RESPONSES, "cpu")
+    assert view.tokens.tolist() == sum(PROMPTS, []) + sum(sum(RESPONSES, []), [])
+
+
+def test_a_response_is_blind_to_its_neighbours(family):
+    net = Transformer.from_pretrained(family[1])
+    with torch.no_grad():
+        together = model.response_logprobs(net, PROMPTS, RESPONSES)[0]
+        alone = model.response_logprobs(net, PROMPTS[3:], RESPONSES[3:])[0]
+    torch.testing.assert_close(together[-2:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_response_logprobs_without_any_response(checkpoints):
+    logprob, row, rows = model.response_logprobs(Transformer.from_pretrained(checkpoints["llama"][0]), [[5], [6]], [[], [[]]])
+    assert logprob.shape == row.shape == (0,) and rows == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+class Decoder:
+    """Rows in a KVCache beside their full texts: every step is checked against the uncached forward of every row."""
+
+    def __init__(self, net, rows=8):
+        self.net, self.cache, self.texts = net, model.KVCache(net.config, rows, 40, net.device, net.dtype), []
+
+    def admit(self, prompts, n):
+        view = model.SharedPrefix(prompts, [[] for _ in prompts], self.net.device, keep_kv=True)
+        hidden = self.net(view.tokens, view)[view.prompt_last]
+        for prompt, mine in zip(prompts, self.net.logits(hidden)):
+            torch.testing.assert_close(mine, logits(self.net, prompt)[-1], atol=1e-4, rtol=1e-5)
+            self.texts += [list(prompt) for _ in range(n)]
+        self.cache.admit(view, n)
+
+    def keep(self, holes, movers):
+        """End the rows `holes` and any beyond the last mover: the movers, the last live rows, take their places."""
+        for hole, mover in zip(holes, movers):
+            self.texts[hole] = self.texts[mover]
+        del self.texts[len(self.texts) - len(holes):]
+        self.cache.keep(torch.tensor(holes), torch.tensor(movers), len(self.texts))
+
+    def steps(self, count):
+        for _ in range(count):
+            for i, text in enumerate(self.texts):
+                text.append((7 * i + 5 * len(text)) % 61)  # each row goes its own way
+            self.cache.step(max(map(len, self.texts)))
+            got = self.net.logits(self.net(torch.tensor([text[-1] for text in self.texts]), self.cache))
+            for text, mine in zip(self.texts, got):
+                torch.testing.assert_close(mine, logits(self.net, text)[-1], atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cached_equals_uncached_at_every_step(family):
+    """Ragged prompts, two rows each, past the window, through a compaction and late arrivals."""
+    decoder = Decoder(Transformer.from_pretrained(family[1]))
+    decoder.admit(ROWS, 2)
+    decoder.steps(6)
+    decoder.keep([0, 3], [5, 4])
+    decoder.steps(3)
+    decoder.admit([[50, 51], ROWS[0][::-1]], 2)  # into rows that hold stale keys
+    decoder.steps(3)
+
+
+@torch.no_grad()
+def test_compaction_right_after_prefill(checkpoints):
+    """Guards against moving only the columns that decoding steps have written: a row that ends with its first token is
+    replaced before any step, and the mover's prompt must come along. Its neighbours' prompts differ."""
+    decoder = Decoder(Transformer.from_pretrained(checkpoints["llama"][0]))
+    decoder.admit(ROWS, 1)
+    decoder.keep([0], [2])
+    decoder.steps(2)
+    decoder.admit([[50] * 9, list(range(40, 60))], 1)  # longer than anything stepped so far
+    decoder.keep([0], [3])
+    decoder.steps(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def files(directory):
+    """{name: bytes} of a directory."""
+    return {name: open(os.path.join(directory, name), "rb").read() for name in sorted(os.listdir(directory))}
+
+
+def opened(path):
+    """(names in a safetensors file, its metadata)."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return set(file.keys()), file.metadata()
+
+
+def test_what_we_save_opens_in_transformers(family, tmp_path):
+    _, directory, hf = family
+    Transformer.from_pretrained(directory).save_pretrained(tmp_path / "mine")
+    assert set(os.listdir(tmp_path / "mine")) == {"config.json", "generation_config.json", "model.safetensors"}
+    names, metadata = opened(tmp_path / "mine/model.safetensors")
+    assert metadata == {"format": "pt"}
+    assert names == opened(f"{directory}/model.safetensors")[0]  # as transformers wrote it: a tied head is left out
+    assert ("lm_head.weight" in names) != hf.config.tie_word_embeddings
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", attn_implementation="eager", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(hf)
+    assert torch.equal(logits(again, ROWS[0]), logits(hf, ROWS[0]))
+    before, after = hf.config.to_dict(), again.config.to_dict()
+    assert {k for k in before if before[k] != after[k]} <= {"dtype", "_name_or_path", "architectures", "transformers_version"}
+
+
+def test_a_tied_model_that_stored_its_head_anyway(checkpoints, tmp_path):
+    directory = shutil.copytree(checkpoints["llama"][0], tmp_path / "tied")
+    weights = safetensors.torch.load_file(directory / "model.safetensors")
+    safetensors.torch.save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+                                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, directory / "model.safetensors")
+    net = Transformer.from_pretrained(directory)
+    assert net.head.weight is net.embed.weight
+    assert torch.equal(logits(net, ROWS[0]), logits(Transformer.from_pretrained(checkpoints["llama"][0]), ROWS[0]))
+
+
+def test_reads_the_shards_that_transformers_writes(family, tmp_path):
+    _, directory, hf = family
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    net = Transformer.from_pretrained(tmp_path / "shards")
+    assert torch.equal(logits(net, ROWS[0]), logits(Transformer.from_pretrained(directory), ROWS[0]))
+
+
+def test_writes_shards_that_transformers_reads(family, tmp_path):
+    _, directory, hf = family
+    net = Transformer.from_pretrained(directory)
+    net.save_pretrained(tmp_path / "shards", max_shard_bytes=20_000)
+    index = read_json(tmp_path, "shards/model.safetensors.index.json")
+    shards = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    count = len(shards)
+    assert count > 3 and shards == [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+    held = {name: shard for shard in shards for name in opened(tmp_path / "shards" / shard)[0]}
+    assert index["weight_map"] == held and all(opened(tmp_path / "shards" / s)[1] == {"format": "pt"} for s in shards)
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in net.parameters())
+    assert all(os.path.getsize(tmp_path / "shards" / s) < 20_000 + 2_000 for s in shards)  # a header each
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "shards", attn_implementation="eager"), ROWS[0]),
+                       logits(hf, ROWS[0]))
+    assert torch.equal(logits(Transformer.from_pretrained(tmp_path / "shards"), ROWS[0]), logits(net, ROWS[0]))
+
+
+def test_bfloat16_stays_bfloat16(checkpoints, tmp_path):
+    Transformer.from_pretrained(checkpoints["mistral"][0], dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert read_json(tmp_path, "half/config.json")["dtype"] == "bfloat16"
+    saved = safetensors.torch.load_file(tmp_path / "half/model.safetensors")
+    whole = safetensors.torch.load_file(f"{checkpoints['mistral'][0]}/model.safetensors")
+    assert saved.keys() == whole.keys() and all(torch.equal(saved[k], whole[k].bfloat16()) for k in whole)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert Transformer.from_pretrained(tmp_path / "half").dtype == torch.float32  # the dtype is the caller's choice
+
+
+def test_the_generation_config_is_kept(checkpoints, tmp_path):
+    """Llama-3's chat models end at any of several ids, which stand only here."""
+    directory = shutil.copytree(checkpoints["llama"][0], tmp_path / "chat")
+    write_json({"eos_token_id": [2, 5, 7], "temperature": 0.6, "do_sample": True}, directory, "generation_config.json")
+    Transformer.from_pretrained(directory).save_pretrained(tmp_path / "mine")
+    kept = read_json(tmp_path, "mine/generation_config.json")
+    assert kept["eos_token_id"] == [2, 5, 7] and kept["temperature"] == 0.6 and kept["do_sample"] is True
+    os.remove(directory / "generation_config.json")
+    Transformer.from_pretrained(directory).save_pretrained(tmp_path / "mine")  # onto the one before
+    made = read_json(tmp_path, "mine/generation_config.json")
+    assert made["eos_token_id"] == 2 and made["bos_token_id"] == 1 and "temperature" not in made
+
+
+def test_the_tokenizer_is_saved_with_the_model(checkpoints, tmp_path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", chat_template="{{ messages[0] }}")
+    Transformer.from_pretrained(checkpoints["llama"][0]).save_pretrained(tmp_path / "mine", tokenizer)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "mine")
+    assert again("a").input_ids == [1] and again.chat_template == "{{ messages[0] }}"
+
+
+def test_a_trailing_slash_is_the_same_directory(checkpoints, tmp_path):
+    """Guards against a temporary directory inside the target, which replacing the target would throw away."""
+    net = Transformer.from_pretrained(checkpoints["llama"][0])
+    for _ in range(2):
+        net.save_pretrained(f"{tmp_path}/mine/")
+        assert os.listdir(tmp_path) == ["mine"]
+    assert torch.equal(logits(Transformer.from_pretrained(tmp_path / "mine"), ROWS[0]), logits(net, ROWS[0]))
+
+
+@pytest.mark.parametrize("interruption", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_interrupted_save_leaves_the_old_checkpoint(checkpoints, tmp_path, monkeypatch, interruption):
+    net = Transformer.from_pretrained(checkpoints["llama"][0])
+    net.save_pretrained(tmp_path / "mine")
+    before = files(tmp_path / "mine")
+    written = []
+
+    def write_two(tensors, path, metadata):
+        if len(written) == 2:
+            raise interruption
+        written.append(path)
+        real(tensors, path, metadata=metadata)
+
+    real = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", write_two)
+    with torch.no_grad():
+        net.norm.add_(1)
+    with pytest.raises(type(interruption)):
+        net.save_pretrained(tmp_path / "mine", max_shard_bytes=20_000)
+    with pytest.raises(type(interruption)):
+        net.save_pretrained(tmp_path / "new", max_shard_bytes=20_000)
+    assert len(written) == 2 and os.listdir(tmp_path) == ["mine"] and files(tmp_path / "mine") == before
+
+
+def test_copy_from(checkpoints):
+    net, other = (Transformer.from_pretrained(checkpoints["qwen2"][0]) for _ in range(2))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    kept = net.layers[0].qkv.weight
+    net.copy_from(other)
+    assert torch.equal(logits(net, ROWS[0]), logits(other, ROWS[0]))
+    assert net.layers[0].qkv.weight is kept and kept is not other.layers[0].qkv.weight
+
+
+def test_init_weights_is_a_function_of_the_generator():
+    c = model.Config.from_hf(FAMILIES["llama"].to_dict())
+    nets = [Transformer(c).init_weights(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    a, b, other = (logits(net, ROWS[0]) for net in nets)
+    assert torch.equal(a, b) and not torch.equal(a, other) and 0.3 < a.std() < 3  # an untrained net is unsure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints that cannot be read: one sentence that names the file
+
+
+def edit_config(**changes):
+    return lambda d: write_json({**read_json(d, "config.json"), **changes}, d, "config.json")
+
+
+def edit_weights(change):
+    def apply(d):
+        weights = safetensors.torch.load_file(f"{d}/model.safetensors")
+        change(weights)
+        safetensors.torch.save_file(weights, f"{d}/model.safetensors")
+    return apply
+
+
+def text(name, content):
+    def apply(d):
+        with open(os.path.join(d, name), "w") as file:
+            file.write(content)
+    return apply
+
+
+def shards(d):
+    Transformer.from_pretrained(d).save_pretrained(d, max_shard_bytes=20_000)
+
+
+def cut(name, size):
+    return lambda d: os.truncate(os.path.join(d, name), size)
+
+
+def missing(name):
+    return lambda d: os.remove(os.path.join(d, name))
+
+
+def both(first, second):
+    return lambda d: (first(d), second(d))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BAD = {  # what is done to a good checkpoint, the file that is named, and what else is said
+    "unknown family": (edit_config(model_type="gpt2"), "config.json", "'gpt2'"),
+    "no family": (edit_config(model_type=None), "config.json", "model_type"),
+    "activation": (edit_config(hidden_act="gelu"), "config.json", "'gelu'"),
+    "rope type": (edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json", "'yarn'"),
+    "rope type, older": (edit_config(rope_parameters=None, rope_scaling={"type": "dynamic"}), "config.json", "'dynamic'"),
+    "rope without its numbers": (edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "config.json", "factor"),
+    "linear rope without its factor": (edit_config(rope_parameters={"rope_type": "linear"}), "config.json", "factor"),
+    "config lacks a key": (text("config.json", '{"model_type": "llama"}'), "config.json", "num_attention_heads"),
+    "config is missing": (missing("config.json"), "config.json", "does not exist"),
+    "config is cut": (text("config.json", '{"model_type": "llama",'), "config.json", "JSON"),
+    "config is no object": (text("config.json", "[1, 2]"), "config.json", ""),
+    "index is cut": (both(shards, text("model.safetensors.index.json", "{")), "model.safetensors.index.json", "JSON"),
+    "index without a map": (both(shards, text("model.safetensors.index.json", "{}")), "model.safetensors.index.json", "weight_map"),
+    "no weights": (missing("model.safetensors"), "model.safetensors", "missing"),
+    "weights are empty": (cut("model.safetensors", 0), "model.safetensors", "truncated"),
+    "weights are cut in the header": (cut("model.safetensors", 100), "model.safetensors", "truncated"),
+    "weights are cut": (cut("model.safetensors", 20_000), "model.safetensors", "truncated"),
+    "a shard is missing": (both(shards, lambda d: os.remove(sorted(d.glob("model-*"))[1])), "model-00002-of-", "missing"),
+    "a shard is cut": (both(shards, lambda d: os.truncate(sorted(d.glob("model-*"))[1], 9_000)), "model-00002-of-", "truncated"),
+    "a weight is missing": (edit_weights(lambda w: w.pop(NORM)), "", NORM),
+    "weights of a shallower model": (edit_config(num_hidden_layers=4), "", "and 8 more"),
+    "a weight is unexpected": (edit_weights(lambda w: w.update({"model.extra": torch.ones(1)})), "model.safetensors", "model.extra"),
+    "a weight has another shape": (edit_weights(lambda w: w.update({NORM: torch.ones(31)})), "model.safetensors", "[31]"),
+    "config of a wider model": (edit_config(intermediate_size=48), "model.safetensors", "[48, 32]"),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_bad_checkpoints(checkpoints, tmp_path, how):
+    damage, file, says = BAD[how]
+    directory = shutil.copytree(checkpoints["llama"][0], tmp_path / "bad")
+    damage(directory)
+    with pytest.raises(UserError) as error:
+        Transformer.from_pretrained(directory)
+    message = str(error.value)
+    assert str(directory / file) in message and says in message and "\n" not in message and len(message) < 400
+
+
+def test_paths_that_are_no_checkpoint(checkpoints, tmp_path):
+    file = f"{checkpoints['llama'][0]}/config.json"
+    for path in (file, str(tmp_path / "nowhere"), "./nowhere", "nobody/no-such-model"):
+        with pytest.raises(UserError) as error:
+            Transformer.from_pretrained(path)
+        assert path in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,330 @@
+"""run.py: flags, seeds, files that are never half-written, and a run directory that survives being killed."""
+
+import dataclasses
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+import run
+from run import UserError, flag
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float = flag(0.5, "a share, 50 % unless given")
+    steps: int = flag(3, "how many")
+    limit: int | None = flag(None, "decided at set-up")
+    kind: str = flag("a", "which", ("a", "b"))
+    batch_size: int = flag(4, "prompts")
+    shuffle: bool = flag(True, "in random order")
+    resume: bool = flag(False, "go on")
+    overwrite: bool = flag(False, "replace")
+
+
+def parse(*argv):
+    return run.parse(Settings, list(argv), "what it does")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def test_defaults_and_types():
+    assert parse() == Settings()
+    s = parse("--rate", "1e-3", "--steps=7", "--limit", "2", "--kind", "b", "--batch-size", "8", "--no-shuffle", "--resume")
+    assert s == Settings(0.001, 7, 2, "b", 8, False, True) and type(s.limit) is int and type(s.rate) is float
+    assert parse("--rate", "2").rate == 2.0
+
+
+@pytest.mark.parametrize("argv", [["--nonsense", "1"], ["--step", "1"], ["--batch_size", "1"], ["--steps", "1.5"], ["--rate", "x"],
+                                  ["--limit", "None"], ["--kind", "c"], ["stray"], ["--steps"]])
+def test_what_cannot_be_parsed_ends_with_status_2(argv, capsys):
+    """--step guards against argparse's abbreviations: a misspelt flag would silently set another one."""
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("error: ") == 1 and argv[0] in error
+
+
+def test_help_lists_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "what it does" in text and "50 % unless given [0.5]" in " ".join(text.split())
+    for field in dataclasses.fields(Settings):
+        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"] in " ".join(text.split())
+
+
+def call(function, monkeypatch, capsys):
+    """(exit status, stderr) of run.main(function)."""
+    monkeypatch.setattr(sys, "argv", ["x.py", "--steps", "1"])
+    with pytest.raises(SystemExit) as end:
+        run.main(function)
+    return end.value.code, capsys.readouterr().err
+
+
+def test_main_turns_a_user_error_into_one_sentence(monkeypatch, capsys):
+    def wrong(argv):
+        raise UserError(f"--steps {argv[1]} is too few; give more")
+
+    assert call(wrong, monkeypatch, capsys) == (2, "error: --steps 1 is too few; give more\n")
+
+
+def test_main_does_not_hide_a_bug(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(ZeroDivisionError):
+        run.main(lambda argv: 1 / 0)
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    status, error = call(interrupted, monkeypatch, capsys)
+    assert status == 130 and "--resume" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device, seeds
+
+
+def test_device_and_dtype():
+    device, dtype = run.device_and_dtype("cpu", "auto")
+    assert device == torch.device("cpu") and dtype == torch.float32
+    assert run.device_and_dtype("cpu", "bfloat16")[1] == torch.bfloat16
+    for nowhere in ("abacus", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {nowhere}.*--device cpu"):
+            run.device_and_dtype(nowhere, "float32")
+
+
+def test_one_process_needs_no_ranks(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run.init_ranks(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert run.gather([3, 1, 2], 3) == [3, 1, 2]
+
+
+def test_stream_is_a_function_of_every_name():
+    """The number is pinned: were it to change, every seeded result of the project would."""
+    assert run.stream(0, "order", 1, 2) == 1188396894943404763
+    names = [(0,), (1,), ("0",), (0, 1), (1, 0), ("01",), ("0", "1"), (0, "order"), (0, "order", 0), (-1,)]
+    assert len({run.stream(*n) for n in names}) == len(names)
+    assert all(0 <= run.stream(i) < 2**62 for i in range(1000)) and max(run.stream(i) for i in range(1000)) > 2**60
+
+
+def test_shuffled():
+    items = list(range(50))
+    once = run.shuffled(items, 0, "order", 1)
+    assert once == run.shuffled(iter(items), 0, "order", 1) and sorted(once) == items == list(range(50))
+    assert len({tuple(run.shuffled(items, seed, "order", t)) for seed in range(3) for t in range(3)} | {tuple(items)}) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def folder(name, text):
+    """A writer, for write_atomically, of a directory with one file."""
+    def write(path):
+        os.makedirs(path)
+        with open(os.path.join(path, name), "w") as file:
+            file.write(text)
+    return write
+
+
+def everything():
+    return {os.path.join(where, name): open(os.path.join(where, name)).read() for where, _, names in os.walk(".") for name in names}
+
+
+def test_write_atomically_replaces_files_and_directories():
+    run.write_json("f.json", {"a": [1]})
+    run.write_json("f.json", {"a": [2]})
+    run.write_atomically("d", folder("old", "1"))
+    run.write_atomically("d", folder("new", "2"))
+    assert everything() == {"./f.json": '{\n "a": [\n  2\n ]\n}\n', "./d/new": "2"}
+
+
+def test_a_failing_writer_leaves_the_old_one_and_nothing_else():
+    run.write_json("f.json", 1)
+    run.write_atomically("d", folder("old", "1"))
+    before = everything()
+
+    def fails(path):
+        folder("half", "x")(path)
+        raise OSError("disk full")
+
+    for path in ("d", "f.json", "fresh"):
+        with pytest.raises(OSError, match="disk full"):
+            run.write_atomically(path, fails)
+    with pytest.raises(TypeError):
+        run.write_json("f.json", {"a": object()})  # fails after the first bytes
+    assert everything() == before
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_failing_rename_leaves_the_old_directory(fails_at, monkeypatch):
+    """A directory is replaced by two renames. If the second fails the old one, which stepped aside, must not be thrown away."""
+    run.write_atomically("d", folder("old", "1"))
+    rename, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == fails_at:
+            raise OSError("no rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="no rename"):
+        run.write_atomically("d", folder("new", "2"))
+    assert "1" in everything().values()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run directory
+
+
+def lines(path):
+    return open(path).read().splitlines()
+
+
+def saved(**state):
+    """A run in ./r with one metrics row before its saved state and one after."""
+    r = run.Run("r", Settings())
+    r.write("metrics.jsonl", {"step": 1})
+    r.seconds["train"] = 2.0
+    r.save_state(**state)
+    r.write("metrics.jsonl", {"step": 2})
+    r.write("samples.jsonl", {"late": True})
+    return r
+
+
+def test_a_fresh_run(capsys):
+    r = run.Run("deep/r", Settings(steps=9, resume=False))
+    assert r.state is None and sorted(os.listdir("deep/r")) == ["config.json", "metrics.jsonl", "samples.jsonl", "state"]
+    config = json.load(open("deep/r/config.json"))
+    assert config["steps"] == 9 and config["limit"] is None and "resume" not in config and "overwrite" not in config
+    assert r.path("state", "x") == os.path.join("deep/r", "state", "x")
+    r.say("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_resume_finds_the_state_and_drops_later_rows():
+    """Without the cut, rows written after the last saved state would stand twice in the journals of a resumed run."""
+    saved(step=1, weights={"w": torch.arange(3.0)}, best={"rate": 0.5}, evaluations=[])
+    r = run.Run("r", Settings(resume=True), resume=True)
+    assert r.state["step"] == 1 and torch.equal(r.state["weights"]["w"], torch.arange(3.0)) and r.state["best"] == {"rate": 0.5}
+    assert lines("r/metrics.jsonl") == ['{"step": 1}'] and lines("r/samples.jsonl") == [] and r.seconds == {"train": 2.0}
+
+
+def test_resume_with_nothing_saved_starts_afresh_and_says_so(capsys):
+    assert run.Run("r", Settings(), resume=True).state is None
+    assert "nothing to resume in r: starting afresh" in capsys.readouterr().out
+    run.Run("s", Settings()).write("metrics.jsonl", {"step": 1})  # killed before anything was saved
+    assert run.Run("s", Settings(), resume=True).state is None
+    assert "nothing to resume in s: starting afresh" in capsys.readouterr().out and lines("s/metrics.jsonl") == []
+
+
+def test_resume_with_another_setting_names_the_flag():
+    saved(step=1)
+    with pytest.raises(UserError, match="batch_size = 4, now it is 5; give the same --batch-size"):
+        run.Run("r", Settings(batch_size=5), resume=True)
+    assert len(lines("r/metrics.jsonl")) == 2  # untouched
+
+
+def test_a_directory_that_holds_a_run_is_not_touched_without_a_word():
+    saved(step=1)
+    with pytest.raises(UserError, match="--out r already holds files.*--resume.*--overwrite"):
+        run.Run("r", Settings())
+    assert len(lines("r/metrics.jsonl")) == 2
+
+
+def test_overwrite_replaces_a_run():
+    saved(step=1)
+    r = run.Run("r", Settings(batch_size=5), overwrite=True)
+    assert r.state is None and lines("r/metrics.jsonl") == [] and os.listdir("r/state") == []
+
+
+@pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "model.safetensors"]])
+@pytest.mark.parametrize("word", ["resume", "overwrite"])
+def test_a_directory_that_is_no_run_is_refused(files, word):
+    """A checkpoint has a config.json too: `--out my-model --overwrite` must not delete the weights."""
+    os.mkdir("d")
+    for name in files:
+        with open(f"d/{name}", "w") as file:
+            file.write('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="--out d.*another --out"):
+        run.Run("d", Settings(), **{word: True})
+    assert sorted(os.listdir("d")) == files
+
+
+def test_state_is_replaced_atomically(monkeypatch):
+    """A kill or a full disk while the state is written: the old state stays good."""
+    r = saved(step=1)
+
+    def full(value, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        r.save_state(step=2)
+    assert os.listdir("r/state") == ["state.pt"] and run.Run("r", Settings(), resume=True).state["step"] == 1
+
+
+def test_what_a_kill_left_behind_is_removed_on_resume():
+    """SIGKILL runs no `finally`: each would leave a temporary copy of weights and optimizer, tens of GB for a 7B model."""
+    saved(step=1)
+    os.mkdir("r/iter-1.tmp-123")
+    open("r/iter-1.tmp-123/model.safetensors", "w").close()
+    open("r/state/state.pt.tmp-123", "w").close()
+    run.Run("r", Settings(), resume=True)
+    assert sorted(os.listdir("r")) == ["config.json", "metrics.jsonl", "samples.jsonl", "state"] and os.listdir("r/state") == ["state.pt"]
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_a_state_that_would_run_code_is_not_loaded():
+    saved(step=1)
+    torch.save({"seconds": {}, "sizes": {}, "step": Trap()}, "r/state/state.pt")
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        run.Run("r", Settings(), resume=True)
+    assert not os.path.exists("trapped")
+
+
+def test_only_rank_0_writes(capsys):
+    run.Run("r", Settings())
+    before = everything()
+    other = run.Run("r", Settings(), rank=1)
+    other.write("metrics.jsonl", {"step": 1})
+    other.save_state(step=1)
+    other.say("hello")
+    assert everything() == before and capsys.readouterr().out == ""
+
+
+def test_a_directory_that_cannot_be_made_names_the_flag():
+    open("file", "w").close()
+    with pytest.raises(UserError, match="--out file/r cannot be written"):
+        run.Run("file/r", Settings())
+
+
+def test_phases_add_up():
+    r = run.Run("r", Settings())
+    for _ in range(2):
+        with r.phase("train"):
+            pass
+    with r.phase("judge"):
+        pass
+    assert set(r.seconds) == {"train", "judge"} and 0 < r.seconds["train"] < 1
+
+
+def test_environment_names_versions_and_hardware():
+    e = run.environment()
+    assert e["torch"] == torch.__version__ and e["hardware"] and e["cpu_threads"] >= 1
