@@ -10,18 +10,15 @@ The measure that every table and summary.json of this project reports, for a mod
     win_rate_greedy   the model's greedy answer against the base's
     accuracy_*        share of exact answers, where an oracle knows them (the embedded world); null elsewhere
 
-Read win_rate with care. A model that has only become *sharper* (its likely answers likelier still) wins it without having
-learned anything: the untrained base, decoded greedily, does. That row therefore stands in every table, and learning is
-claimed from the greedy columns, which sharpening cannot move.
+Read win_rate with care. A model that has only become *sharper* (its likely answers likelier still) wins it without
+having learned anything: the untrained base, decoded greedily, does. That row therefore stands in every table, and
+learning is claimed from the greedy columns, which sharpening cannot move.
 """
 
 import dataclasses
 import json
 import math
 import os
-import sys
-
-import torch
 
 import model
 import prefmodel
@@ -37,24 +34,27 @@ import world
 def read_prompts(path):
     """Prompts of a local file, in order, duplicates dropped: a list of strings.
 
-    .jsonl or .json rows with `prompt`, or `instruction` (+ `input`), or `messages` (the last user turn); or plain .txt, one
-    prompt a line. Raises UserError, naming the file and the line, for anything else.
+    .jsonl or .json rows with `prompt`, or `instruction` (+ `input`), or `messages` (the last user turn); or plain .txt,
+    one prompt a line. Raises UserError, naming the file and the line, for anything else.
     """
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise run.UserError(f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); give a "
-                            ".jsonl, .json or .txt file") from None
+        raise run.UserError(f"--prompts {path} cannot be read "
+                            f"({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
+                            "give a .jsonl, .json or .txt file") from None
     if path.endswith(".json"):
         try:
             rows = [(f"entry {i + 1}", row) for i, row in enumerate(json.loads(text))]
         except (json.JSONDecodeError, TypeError):
-            raise run.UserError(f"--prompts {path} is not a JSON list of objects; mend it, or give one object a line as .jsonl") from None
+            raise run.UserError(f"--prompts {path} is not a JSON list of objects; "
+                                "mend it, or give one object a line as .jsonl") from None
         prompts = [_prompt(row, path, where) for where, row in rows]
     else:
         lines = [(f"line {i + 1}", line) for i, line in enumerate(text.splitlines()) if line.strip()]
-        prompts = [_prompt(_json_line(line, path, where), path, where) if path.endswith(".jsonl") else line for where, line in lines]
+        prompts = [_prompt(_json_line(line, path, where), path, where) if path.endswith(".jsonl") else line
+                   for where, line in lines]
     if not prompts:
         raise run.UserError(f"--prompts {path} holds no prompts; give a file with at least one")
     return list(dict.fromkeys(prompts))
@@ -64,7 +64,8 @@ def _json_line(line, path, where):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise run.UserError(f"--prompts {path}, {where}: malformed JSON ({error.msg}); mend or remove the line") from None
+        raise run.UserError(f"--prompts {path}, {where}: malformed JSON ({error.msg}); "
+                            "mend or remove the line") from None
 
 
 def _prompt(row, path, where):
@@ -76,10 +77,12 @@ def _prompt(row, path, where):
             prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
         else:
             turns = row.get("messages") if isinstance(row.get("messages"), list) else []
-            prompt = next((m.get("content") for m in reversed(turns) if isinstance(m, dict) and m.get("role") == "user"), None)
+            prompt = next((m.get("content") for m in reversed(turns)
+                           if isinstance(m, dict) and m.get("role") == "user"), None)
         if isinstance(prompt, str) and prompt.strip():
             return prompt
-    raise run.UserError(f"--prompts {path}, {where}: no prompt found; every row needs a column `prompt`, `instruction` or `messages`")
+    raise run.UserError(f"--prompts {path}, {where}: no prompt found; "
+                        "every row needs a column `prompt`, `instruction` or `messages`")
 
 
 class Chat:
@@ -95,27 +98,33 @@ class Chat:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-            raise run.UserError(f"{path} has no tokenizer that opens ({str(error).splitlines()[0][:120]}); put its tokenizer files beside the weights") from None
+            raise run.UserError(f"{path} has no tokenizer that opens ({str(error).splitlines()[0][:120]}); "
+                                "put its tokenizer files beside the weights") from None
         if not self.tokenizer.chat_template:
-            raise run.UserError(f"the tokenizer of {path} has no chat template; add a chat_template.jinja to its directory (the base "
-                                "models of a family lack it, their instruct versions have it)")
+            raise run.UserError(f"the tokenizer of {path} has no chat template; "
+                                "add a chat_template.jinja to its directory "
+                                "(the base models of a family lack it, their instruct versions have it)")
         stop = net.generation.get("eos_token_id", net.config.raw.get("eos_token_id"))
         stop = set(stop) if isinstance(stop, list) else {stop}
         self.stop_ids = tuple(sorted((stop | {self.tokenizer.eos_token_id}) - {None}))
         self.context = net.config.max_positions
 
     def encode(self, prompt):
-        """One user turn, the assistant's header included: list of ids. The template writes the BOS, so none is added."""
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+        """One user turn, the assistant's header included: list of ids.
+        The template writes the BOS, so none is added."""
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                                  add_generation_prompt=True, return_dict=False)
 
     def encode_all(self, prompts, max_prompt_tokens, max_new_tokens):
-        """Ids of every prompt. Raises UserError for one that leaves no room to answer: truncating it would change the question."""
+        """Ids of every prompt. Raises UserError for one that leaves no room to answer:
+        truncating it would change the question."""
         room = min(max_prompt_tokens or self.context, self.context - max_new_tokens)
         ids = [self.encode(p) for p in prompts]
         for p, tokens in zip(prompts, ids):
             if len(tokens) > room:
-                raise run.UserError(f"the prompt {p[:40]!r} has {len(tokens)} tokens and only {room} are allowed (context {self.context}, "
-                                    f"--max-new-tokens {max_new_tokens}); shorten or remove it, or change --max-prompt-tokens or --max-new-tokens")
+                raise run.UserError(f"the prompt {p[:40]!r} has {len(tokens)} tokens and only {room} are allowed "
+                                    f"(context {self.context}, --max-new-tokens {max_new_tokens}); "
+                                    "shorten or remove it, or change --max-prompt-tokens or --max-new-tokens")
         return ids
 
     def decode(self, tokens):
@@ -145,12 +154,15 @@ class Sampling:
 def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0, 1)):
     """n answers per prompt as text, with their mean length in tokens: (B lists of n strings, float).
 
-    Every prompt's random stream is tied to its place in the list. shard = (rank, ranks): prompts are shared out and gathered.
+    Every prompt's random stream is tied to its place in the list.
+    shard = (rank, ranks): prompts are shared out and gathered.
     """
     rank, ranks = shard
     mine = range(rank, len(ids), ranks)
-    samples = rollout.generate(net, [ids[b] for b in mine], 1 if greedy else n, sampling.max_new_tokens, temperature=0 if greedy else sampling.temperature,
-                               top_p=sampling.top_p, stop_ids=chat.stop_ids, seeds=[seed + b for b in mine], max_rows=sampling.max_rows, desc=desc)
+    samples = rollout.generate(net, [ids[b] for b in mine], 1 if greedy else n, sampling.max_new_tokens,
+                               temperature=0 if greedy else sampling.temperature, top_p=sampling.top_p,
+                               stop_ids=chat.stop_ids, seeds=[seed + b for b in mine],
+                               max_rows=sampling.max_rows, desc=desc)
     rows = [([chat.decode(t) for t in group], sum(map(len, group)) / len(group)) for group in samples.tokens]
     rows = run.gather(rows, len(ids))
     return [texts for texts, _ in rows], sum(length for _, length in rows) / len(rows)
@@ -159,7 +171,8 @@ def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0,
 def verdicts(judge, prompts, ours, theirs):
     """Mean verdict per prompt of ours (B lists of m answers) against theirs (B lists of n): [B], in [0, 1].
 
-    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2. Judges of pairs are shown both orders.
+    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2.
+    Judges of pairs are shown both orders.
     """
     m = len(ours[0])
     if not hasattr(judge, "preference"):
@@ -184,7 +197,8 @@ class Opponent:
 
 def opponent(net, chat, ids, sampling, seed, shard=(0, 1)):
     """Draw the base's side of every later comparison."""
-    sampled, _ = answer(net, chat, ids, 4, sampling, run.stream(seed, "opponent"), desc="base: 4 samples a prompt", shard=shard)
+    sampled, _ = answer(net, chat, ids, 4, sampling, run.stream(seed, "opponent"),
+                        desc="base: 4 samples a prompt", shard=shard)
     greedy, _ = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc="base: greedy", shard=shard)
     return Opponent(sampled, greedy)
 
@@ -194,9 +208,11 @@ def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shar
 
     The sampled answers come from a stream of their own: the base against itself is two independent draws.
     """
-    sampled, length = answer(net, chat, ids, 1, sampling, run.stream(seed, "evaluation"), desc=f"{name}: sampling", shard=shard)
+    sampled, length = answer(net, chat, ids, 1, sampling, run.stream(seed, "evaluation"),
+                             desc=f"{name}: sampling", shard=shard)
     greedy, greedy_length = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc=f"{name}: greedy", shard=shard)
-    return {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""), **_figures(judge, prompts, greedy, opponent, "_greedy"),
+    return {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""),
+            **_figures(judge, prompts, greedy, opponent, "_greedy"),
             "accuracy_sampled": exact(judge, prompts, sampled), "accuracy_greedy": exact(judge, prompts, greedy),
             "mean_length": length, "mean_length_greedy": greedy_length}
 
@@ -204,8 +220,8 @@ def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shar
 def base_greedy_row(row, judge, prompts, opponent):
     """The table's second row: the untrained base, decoded greedily, against the base's samples."""
     rate, error = mean_and_error(verdicts(judge, prompts, opponent.greedy, opponent.sampled))
-    return {**row, "name": "base, greedy", "win_rate": rate, "win_rate_se": error, "accuracy_sampled": row["accuracy_greedy"],
-            "mean_length": row["mean_length_greedy"]}
+    return {**row, "name": "base, greedy", "win_rate": rate, "win_rate_se": error,
+            "accuracy_sampled": row["accuracy_greedy"], "mean_length": row["mean_length_greedy"]}
 
 
 def _figures(judge, prompts, ours, opponent, suffix):
@@ -226,9 +242,11 @@ def table(rows):
     def cell(value, error=None):
         return "-" if value is None else f"{value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
 
-    lines = [f"{'':16s} {'win rate':>13s} {'greedy vs greedy':>16s} {'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"]
+    lines = [f"{'':16s} {'win rate':>13s} {'greedy vs greedy':>16s} "
+             f"{'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"]
     for r in rows:
-        lines.append(f"{r['name']:16s} {cell(r['win_rate'], r['win_rate_se']):>13s} {cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
+        lines.append(f"{r['name']:16s} {cell(r['win_rate'], r['win_rate_se']):>13s} "
+                     f"{cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
                      f"{cell(r['accuracy_sampled']):>12s} {cell(r['accuracy_greedy']):>11s} {r['mean_length']:7.1f}")
     return "\n".join(lines)
 
@@ -238,8 +256,9 @@ def table(rows):
 
 
 def plot(runs, path):
-    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`. Left: accuracy where there is
-    an oracle, else greedy win rate. Right: win rates with their standard errors. The untrained base stands in both."""
+    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`.
+    Left: accuracy where there is an oracle, else greedy win rate. Right: win rates with their standard errors.
+    The untrained base stands in both."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -256,13 +275,16 @@ def plot(runs, path):
         else:
             left.plot(x, [r["mean_length"] for r in steps], "o-", color=color, label=name)
         for key, style, what in (("win_rate", ":", "sampled"), ("win_rate_greedy", "-", "greedy vs greedy")):
-            right.errorbar(x, [r[key] for r in steps], [r[key + "_se"] for r in steps], fmt="o" + style, color=color, capsize=3, label=f"{name}, {what}")
+            right.errorbar(x, [r[key] for r in steps], [r[key + "_se"] for r in steps], fmt="o" + style,
+                           color=color, capsize=3, label=f"{name}, {what}")
         sharp = next((r for r in rows if r["name"] == "base, greedy"), None)
         if sharp:
-            right.axhline(sharp["win_rate"], color=color, lw=0.8, ls="--", label=f"{name}: untrained base, greedy, vs samples")
+            right.axhline(sharp["win_rate"], color=color, lw=0.8, ls="--",
+                          label=f"{name}: untrained base, greedy, vs samples")
         for axis in (left, right):
             axis.set_xticks(x, ["base", *(r["name"].replace("iteration ", "") for r in steps[1:])])
-    left.set(title="accuracy on test prompts" if oracle else "answer length", ylabel="share answered exactly" if oracle else "tokens", xlabel="iteration")
+    left.set(title="accuracy on test prompts" if oracle else "answer length",
+             ylabel="share answered exactly" if oracle else "tokens", xlabel="iteration")
     right.set(title="win rate against the base (± 1 s.e.)", ylabel="win rate", xlabel="iteration")
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -300,7 +322,8 @@ def winrate(argv):
         raise run.UserError("--model and --vs are both needed; give two checkpoint directories or hub ids")
     check_sampling(s.temperature, s.top_p)
     if s.prompts and s.judge == "oracle":
-        raise run.UserError("--judge oracle knows only the embedded world; with --prompts give --judge pairrm:DIR_OR_HUB_ID")
+        raise run.UserError("--judge oracle knows only the embedded world; "
+                            "with --prompts give --judge pairrm:DIR_OR_HUB_ID")
     device, dtype = run.device_and_dtype(s.device, s.dtype)
     prompts = (read_prompts(s.prompts) if s.prompts else world.queries("test", s.count))[:s.count]
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
@@ -311,13 +334,15 @@ def winrate(argv):
     net, chat = load(s.model, device, dtype)
     ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
     row = against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, os.path.basename(os.path.normpath(s.model)))
-    print(json.dumps(row) if s.json else f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table([row])}")
+    print(json.dumps(row) if s.json else
+          f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table([row])}")
 
 
 def check_sampling(temperature, top_p):
     """Raises UserError for a temperature below 0 or a top_p outside (0, 1]."""
     if not temperature >= 0:
-        raise run.UserError(f"--temperature {temperature} must not be negative; 0 is greedy, 1 samples from the model as it is")
+        raise run.UserError(f"--temperature {temperature} must not be negative; "
+                            "0 is greedy, 1 samples from the model as it is")
     if not 0 < top_p <= 1:
         raise run.UserError(f"--top-p {top_p} must lie in (0, 1]; 1 keeps every token")
 

@@ -1,11 +1,11 @@
 """The arithmetic that deserves care: log-probabilities of a linear head without the [T, V] logits, and the losses.
 
 Shapes:  T tokens, H hidden size, V vocabulary.  Everything returned is float32, whatever the model's dtype: a sequence
-log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some hundreds,
-so the last digits of bfloat16 would be the whole signal.
+log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some
+hundreds, so the last digits of bfloat16 would be the whole signal.
 
-Why not log_softmax(logits)[target]?  At V = 128,256 and T = 8,192 the float32 logits alone are 4 GB, their softmax for the
-backward pass another 4, and the gradient of the logits a third. None of it is needed at once:
+Why not log_softmax(logits)[target]?  At V = 128,256 and T = 8,192 the float32 logits alone are 4 GB, their softmax for
+the backward pass another 4, and the gradient of the logits a third. None of it is needed at once:
 
     log pi(target) = logit[target] - logsumexp(logits)         one number per token; the sum runs over V in any order
     d log pi / d logit = onehot(target) - softmax(logits)      recomputed from (hidden, weight, logsumexp) when wanted
@@ -30,7 +30,8 @@ CHUNK_T, CHUNK_V = 1024, 4096
 
 
 def linear_logprob_reference(hidden, weight, target):
-    """What `linear_logprob` computes, in the obvious way: materialises [T, V] in float32. For checks and as the definition."""
+    """What `linear_logprob` computes, in the obvious way: materialises [T, V] in float32.
+    For checks and as the definition."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
 
 
@@ -119,14 +120,15 @@ def sum_rows(values, row, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# losses: pure functions, elementwise on sequence log-ratios  log pi(y|x) - log pi_t(y|x), sums over the response's tokens
+# losses: pure functions, elementwise on sequence log-ratios  log pi(y|x) - log pi_t(y|x),
+# sums over the response's tokens
 
 
 def sppo_loss(logratio, p, eta):
     """SPPO, equation (4.7): (log pi/pi_t - eta (P - 1/2))^2, for any response y and P = Phat(y > pi_t | x) in [0, 1].
 
-    The 1/2 stands for log Z / eta: under pi_t the mean of P is 1/2 (P is constant-sum), so log Z ~ eta / 2 for small eta.
-    p = 1 for the winner and 0 for the loser gives the "hard" form, whose targets are +-eta/2.
+    The 1/2 stands for log Z / eta: under pi_t the mean of P is 1/2 (P is constant-sum), so log Z ~ eta / 2 for small
+    eta. p = 1 for the winner and 0 for the loser gives the "hard" form, whose targets are +-eta/2.
 
     >>> sppo_loss(torch.tensor([3.0, -5.0]), torch.tensor([0.75, 0.25]), eta=8.0)  # targets +2 and -2
     tensor([1., 9.])
@@ -161,9 +163,9 @@ def ipo_loss(logratio_w, logratio_l, beta):
 class Optimizer:
     """AdamW or RMSProp on float32 master weights, with gradient clipping.
 
-    A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would not
-    move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the model.
-    Where it is float32 the master is the weight itself.
+    A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would
+    not move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the
+    model. Where it is float32 the master is the weight itself.
     """
 
     def __init__(self, parameters, name, weight_decay=0.0):
@@ -175,7 +177,8 @@ class Optimizer:
             self.inner = torch.optim.RMSprop(self.masters, lr=0.0, weight_decay=weight_decay)
 
     def step(self, lr, clip):
-        """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it. Returns the norm before clipping."""
+        """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it.
+        Returns the norm before clipping."""
         for p, m in zip(self.parameters, self.masters):
             if m is not p:
                 m.grad, p.grad = p.grad.float(), None
@@ -192,7 +195,8 @@ class Optimizer:
 
     def state_dict(self):
         """For --resume: the inner state, and the masters where they are not the weights."""
-        return {"inner": self.inner.state_dict(), "masters": [None if m is p else m for p, m in zip(self.parameters, self.masters)]}
+        return {"inner": self.inner.state_dict(),
+                "masters": [None if m is p else m for p, m in zip(self.parameters, self.masters)]}
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -318,7 +322,8 @@ def _time(T, H, V, dtype, device):
     for title, floor, wrap in (("forward + backward", three_products, both), ("forward only", one_product, one_way)):
         floor()
         base = _seconds(floor, device)
-        print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}\n{'  bare matrix products':28s} {base:8.2f} {1:8.2f}")
+        print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}\n"
+              f"{'  bare matrix products':28s} {base:8.2f} {1:8.2f}")
         for name, function in peers:
             call = wrap(function)
             hidden.grad = weight.grad = None

@@ -1,13 +1,13 @@
 """The decoder transformer of the Llama, Mistral, Qwen2 and Qwen3 families, its KV cache, and Hugging Face checkpoints.
 
-The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone) except
-for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a *view*
-object that knows their positions and does the looking:
+The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone)
+except for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a
+*view* object that knows their positions and does the looking:
 
-    CausalRows      B rows of T tokens, right-padded                       the textbook forward
-    SharedPrefix    prompts, each followed by its n responses, packed      training and prefill: a prompt is computed ONCE,
-                    without padding                                        with gradient, and its n responses attend to it
-    KVCache         one new token in each of R rows                        decoding
+    CausalRows      B rows of T tokens, right-padded                    the textbook forward
+    SharedPrefix    prompts, each followed by its n responses, packed   training and prefill: a prompt is computed ONCE,
+                    without padding                                     with gradient, and its n responses attend to it
+    KVCache         one new token in each of R rows                     decoding
 
 All three run the same lines of `Layer.forward`, for the 337k-parameter toy and for a 7B checkpoint alike.
 
@@ -19,7 +19,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 
 import torch
 import torch.nn as nn
@@ -56,18 +55,20 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw, where="config.json"):
-        """Read a config.json, in the spelling of transformers 5 or older. Raises UserError for what is not supported."""
+        """Read a config.json, in the spelling of transformers 5 or older.
+        Raises UserError for what is not supported."""
         family = raw.get("model_type")
         if family not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise run.UserError(f"{where} has model_type {family!r}, which is not supported; give a llama, mistral, qwen2 or "
-                                "qwen3 checkpoint")
+            raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
+                                "give a llama, mistral, qwen2 or qwen3 checkpoint")
         if raw.get("hidden_act", "silu") != "silu":
             raise run.UserError(f"{where} has hidden_act {raw['hidden_act']!r}; only silu is supported")
         try:
             heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
             attention_bias = raw.get("attention_bias", False)
             return cls(
-                vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
                 num_layers=layers, num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
                 max_positions=raw.get("max_position_embeddings", 2048), norm_eps=raw.get("rms_norm_eps", 1e-6),
@@ -107,8 +108,8 @@ def _read_windows(raw, family, layers):
 def _attend(q, k, v, mask=None, causal=False):
     """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd], mask [.., T, S] -> [R, T, nh, hd].
 
-    With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it: torch's
-    memory-saving kernels take a mask or grouped heads, not both.
+    With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it:
+    torch's memory-saving kernels take a mask or grouped heads, not both.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
@@ -146,9 +147,10 @@ def _causal(query_at, key_at, window):
 class SharedPrefix:
     """Prompts, each followed by its own responses, packed end to end: all prompts first, then all responses.
 
-    prompts: B lists of ids; responses: B lists of lists of ids (an inner list may be empty, all may be: a pure prefill).
-    `tokens` and `positions` [N] hold the pack; nothing in it is padding. Only attention pads: it gathers queries and keys
-    into rectangles, and `unpad` gathers its output back.
+    prompts: B lists of ids;
+    responses: B lists of lists of ids (an inner list may be empty, all may be: a pure prefill).
+    `tokens` and `positions` [N] hold the pack; nothing in it is padding.
+    Only attention pads: it gathers queries and keys into rectangles, and `unpad` gathers its output back.
 
     Two rectangles: the prompts, causal among themselves; and the responses, whose keys are [prompt ; own tokens]. The
     prompt's keys are gathered once per response, so their gradient is the sum over its responses: exactly what running
@@ -158,19 +160,20 @@ class SharedPrefix:
     def __init__(self, prompts, responses, device, keep_kv=False):
         rows = [(b, r) for b, group in enumerate(responses) for r in group if r]
         ids = [t for p in prompts for t in p] + [t for _, r in rows for t in r]
-        positions = [i for p in prompts for i in range(len(p))] + [len(prompts[b]) + i for b, r in rows for i in range(len(r))]
+        positions = ([i for p in prompts for i in range(len(p))]
+                     + [len(prompts[b]) + i for b, r in rows for i in range(len(r))])
         prompt_start = _starts([len(p) for p in prompts], 0)
         row_start = _starts([len(r) for _, r in rows], prompt_start[-1])
         self.tokens = torch.tensor(ids, device=device)                                            # [N]
         self.positions = torch.tensor(positions, device=device)                                   # [N]
         self.max_position = max(positions) + 1
-        self.prompt_last = torch.tensor(prompt_start[1:], device=device) - 1    # [B] each prompt's last token in the pack
+        self.prompt_last = torch.tensor(prompt_start[1:], device=device) - 1  # [B] each prompt's last token in the pack
         self.keep_kv, self.kv, self.masks = keep_kv, [], {}
         # prompt rectangle [B, P]
         prompt_len = torch.tensor([len(p) for p in prompts], device=device)
         start = torch.tensor(prompt_start[:-1], device=device)
         col = torch.arange(int(prompt_len.max()), device=device)
-        self.prompt_index = (start[:, None] + col).clamp(max=len(ids) - 1)      # past its end: some other token, never seen
+        self.prompt_index = (start[:, None] + col).clamp(max=len(ids) - 1)  # past its end: some other token, never seen
         unpad = [_real(prompt_len, col)]
         # response rectangle [R, S], its keys [R, P + S]
         self.rows = len(rows)
@@ -184,23 +187,25 @@ class SharedPrefix:
             first = prompt_len[owner]                                           # a response's first position
             self.query_at = first[:, None] + own                                # [R, S]
             far = torch.iinfo(torch.int32).max                                  # a position in nobody's past
-            self.key_at = torch.cat([col.expand(len(rows), -1).masked_fill(col >= first[:, None], far), self.query_at], 1)
+            self.key_at = torch.cat([col.expand(len(rows), -1).masked_fill(col >= first[:, None], far),
+                                     self.query_at], 1)
             unpad.append(self.prompt_index.numel() + _real(own_len, own))
         self.unpad = torch.cat(unpad)                                           # [N] where each packed token sits
         self._find_targets(rows, row_start, owner if rows else None, device)
 
     def _find_targets(self, rows, row_start, owner, device):
-        """Which packed token predicts each response token: the prompt's last, then the response's own but for its last."""
+        """Which packed token predicts each response token:
+        the prompt's last, then the response's own but for its last."""
         row, source = [], []
         for i, (b, r) in enumerate(rows):
             row += [i] * len(r)
             source += [-1] + list(range(row_start[i], row_start[i] + len(r) - 1))
-        self.row = torch.tensor(row, dtype=torch.long, device=device)           # [M] response row of each response token
+        self.row = torch.tensor(row, dtype=torch.long, device=device)         # [M] response row of each response token
         source = torch.tensor(source, dtype=torch.long, device=device)
         if rows:
             source = torch.where(source < 0, self.prompt_last[owner[self.row]], source)
-        self.source = source                                                    # [M] index into the pack
-        self.target = self.tokens[len(self.tokens) - len(row):]                 # [M] the response tokens themselves
+        self.source = source                                                  # [M] index into the pack
+        self.target = self.tokens[len(self.tokens) - len(row):]               # [M] the response tokens themselves
 
     def attend(self, layer, q, k, v, window):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
@@ -213,17 +218,21 @@ class SharedPrefix:
             mask = _causal(at[:, None], at[None], window)
         out = [_attend(_take(q, p), _take(k, p), _take(v, p), mask, causal=mask is None).flatten(0, 1)]
         if self.rows:
-            if window not in self.masks:                                        # the same for every layer with this window
+            if window not in self.masks:                                    # the same for every layer with this window
                 seen = _causal(self.query_at[:, :, None], self.key_at[:, None, :], window)
-                # Where a whole row of scores is masked out softmax gives NaN; padding queries still see themselves, so none is.
-                self.masks[window] = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)[:, None]
+                # Where a whole row of scores is masked out softmax gives NaN;
+                # padding queries still see themselves, so none is.
+                self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+                                      .masked_fill_(~seen, -math.inf)[:, None])
             keys = self.key_index
-            out.append(_attend(_take(q, self.row_index), _take(k, keys), _take(v, keys), self.masks[window]).flatten(0, 1))
+            out.append(_attend(_take(q, self.row_index), _take(k, keys), _take(v, keys),
+                               self.masks[window]).flatten(0, 1))
         return torch.cat(out).index_select(0, self.unpad)
 
 
 def _take(x, index):
-    """x[index] for a matrix of indices; its backward, index_add, is several times faster on a CPU than that of x[index]."""
+    """x[index] for a matrix of indices;
+    its backward, index_add, is several times faster on a CPU than that of x[index]."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
@@ -242,8 +251,8 @@ def _real(lengths, col):
 class KVCache:
     """Keys and values of up to `rows` sequences of up to `max_len` tokens, allocated once.
 
-    k, v: [layers, rows, nkv, max_len, hd]. Rows [0, live) are in use, in any order. A row's new token is written at its own
-    length; the mask hides what lies beyond, so stale entries never need clearing.
+    k, v: [layers, rows, nkv, max_len, hd]. Rows [0, live) are in use, in any order. A row's new token is written at its
+    own length; the mask hides what lies beyond, so stale entries never need clearing.
     """
 
     def __init__(self, config, rows, max_len, device, dtype):
@@ -253,7 +262,8 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0            # of the live rows, on the host: no device round trip a layer
         self.live = 0
-        self.heads = torch.arange(rows * config.num_kv_heads, device=device).view(rows, -1) * max_len   # where each row's head begins
+        # where each row's head begins
+        self.heads = torch.arange(rows * config.num_kv_heads, device=device).view(rows, -1) * max_len
         self.columns = torch.arange(max_len, device=device)
 
     def admit(self, prefill, n):
@@ -277,7 +287,8 @@ class KVCache:
         self.live = live
 
     def step(self, longest):
-        """Begin a decoding step: one new token for every live row. `longest` = the longest live row, new token included."""
+        """Begin a decoding step: one new token for every live row.
+        `longest` = the longest live row, new token included."""
         R = self.live
         self.longest = self.max_position = longest
         self.positions = self.lengths[:R].clone()                               # [R] the new token's position
@@ -296,9 +307,10 @@ class KVCache:
         self.v[layer].view(-1, v.shape[-1]).index_copy_(0, self.slots, v.reshape(-1, v.shape[-1]))
         if window not in self.masks:
             seen = _causal(self.positions[:, None], self.columns[None, :L], window)
-            self.masks[window] = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)[:, None, None]
-        out = F.scaled_dot_product_attention(q.view(R, nkv, -1, q.shape[-1]), self.k[layer, :R, :, :L], self.v[layer, :R, :, :L],
-                                             attn_mask=self.masks[window])
+            self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+                                  .masked_fill_(~seen, -math.inf)[:, None, None])
+        out = F.scaled_dot_product_attention(q.view(R, nkv, -1, q.shape[-1]), self.k[layer, :R, :, :L],
+                                             self.v[layer, :R, :, :L], attn_mask=self.masks[window])
         return out.reshape(R, -1, q.shape[-1])
 
 
@@ -327,9 +339,10 @@ class Layer(nn.Module):
         qkv = self.qkv(F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)).view(len(x), nh + 2 * nkv, hd)
         qk, v = qkv[:, :nh + nkv], qkv[:, nh + nkv:]
         if self.q_norm is not None:
-            qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, self.eps), F.rms_norm(qk[:, nh:], (hd,), self.k_norm, self.eps)], 1)
-        # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves; the minus
-        # sign of the rotation is already in `sin`.
+            qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, self.eps),
+                            F.rms_norm(qk[:, nh:], (hd,), self.k_norm, self.eps)], 1)
+        # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves;
+        # the minus sign of the rotation is already in `sin`.
         qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
         x = x + self.o(view.attend(layer, qk[:, :nh], qk[:, nh:], v, window).flatten(1))
         gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)).chunk(2, -1)
@@ -337,7 +350,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model. `net(tokens [B, T]) -> hidden [B, T, H]`; `net.logits(hidden) -> [B, T, V]` float32."""
+    """Decoder-only language model.
+    `net(tokens [B, T]) -> hidden [B, T, H]`; `net.logits(hidden) -> [B, T, V]` float32."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,7 +366,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Fresh random weights: standard deviation 1/sqrt(fan in), smaller where a layer writes into the residual stream."""
+        """Fresh random weights: standard deviation 1/sqrt(fan in),
+        smaller where a layer writes into the residual stream."""
         depth = (2 * self.config.num_layers) ** -0.5
         self.embed.weight.normal_(0, self.config.hidden_size**-0.5, generator=generator)
         for layer in self.layers:
@@ -373,7 +388,8 @@ class Transformer(nn.Module):
     def forward(self, tokens, view=None):
         """Hidden states after the final norm.
 
-        tokens [B, T] int64, rows right-padded, positions from 0 -> [B, T, H]; or, with a `view`, a flat pack [N] -> [N, H].
+        tokens [B, T] int64, rows right-padded, positions from 0 -> [B, T, H];
+        or, with a `view`, a flat pack [N] -> [N, H].
         """
         if view is None:
             view = CausalRows(*tokens.shape, tokens.device)
@@ -388,11 +404,13 @@ class Transformer(nn.Module):
         return self.head(hidden).float()
 
     def _rope(self, positions, longest):
-        """cos and signed sin [N, 1, hd] of the positions, from a table that doubles whenever a longer sequence comes by."""
+        """cos and signed sin [N, 1, hd] of the positions,
+        from a table that doubles whenever a longer sequence comes by."""
         table = self._rope_table
         if table is None or table.shape[1] < longest or table.device != positions.device or table.dtype != self.dtype:
             size = 1 << max(8, (longest - 1).bit_length())
-            angle = torch.arange(size, device=positions.device)[:, None].float() * _inverse_frequencies(self.config).to(positions.device)
+            angle = (torch.arange(size, device=positions.device)[:, None].float()
+                     * _inverse_frequencies(self.config).to(positions.device))
             table = torch.stack([torch.cat([angle.cos(), angle.cos()], 1), torch.cat([-angle.sin(), angle.sin()], 1)])
             self._rope_table = table = table.to(self.dtype)                     # [2, size, hd]
         cos, sin = table[:, positions].unsqueeze(2)
@@ -418,13 +436,15 @@ class Transformer(nn.Module):
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
-        """Write a complete Hugging Face checkpoint, atomically: config, generation config, weights, and the tokenizer."""
+        """Write a complete Hugging Face checkpoint, atomically:
+        config, generation config, weights, and the tokenizer."""
         def write(path):
             os.makedirs(path)
             raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": str(self.dtype)[6:]}
             run.write_json(os.path.join(path, "config.json"), raw)
             generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
-            run.write_json(os.path.join(path, "generation_config.json"), {"_from_model_config": True, **generation, **self.generation})
+            run.write_json(os.path.join(path, "generation_config.json"),
+                           {"_from_model_config": True, **generation, **self.generation})
             _write_tensors(_export(self), path, max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(path)
@@ -432,15 +452,10 @@ class Transformer(nn.Module):
 
     generation = {}     # what generation_config.json held, so that it can be written back
 
-    def copy_from(self, other):
-        """Take over another network's weights, in place."""
-        with torch.no_grad():
-            for mine, theirs in zip(self.parameters(), other.parameters()):
-                mine.copy_(theirs)
-
 
 def _inverse_frequencies(config):
-    """[hd/2] angle per position. llama3 scaling divides the slow rotations by `factor`, keeps the fast, blends between."""
+    """[hd/2] angle per position.
+    llama3 scaling divides the slow rotations by `factor`, keeps the fast, blends between."""
     rope = config.rope
     inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if rope["rope_type"] == "linear":
@@ -456,9 +471,10 @@ def _inverse_frequencies(config):
 def response_logprobs(net, prompts, responses, forward=None):
     """Per-token log-probabilities of responses under `net`, each prompt computed once and shared by its responses.
 
-    prompts: B lists of ids, responses: B lists of lists of ids. Returns (logprob [M] float32, row [M] int64, rows): token m
-    belongs to the row[m]-th response, counted through all prompts. A response's log-prob is the sum over its tokens, its
-    end-of-turn token included; kernels.sum_rows does that. Empty responses have no row. `forward`: net wrapped in DDP.
+    prompts: B lists of ids, responses: B lists of lists of ids. Returns (logprob [M] float32, row [M] int64, rows):
+    token m belongs to the row[m]-th response, counted through all prompts. A response's log-prob is the sum over its
+    tokens, its end-of-turn token included; kernels.sum_rows does that. Empty responses have no row. `forward`: net
+    wrapped in DDP.
     """
     view = SharedPrefix(prompts, responses, net.device)
     hidden = (forward or net)(view.tokens, view)                                # [N, H]
@@ -471,18 +487,23 @@ def response_logprobs(net, prompts, responses, forward=None):
 
 
 def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")):
-    """A local directory as it is, or a hub repository downloaded (and cached) by huggingface_hub. Returns the directory."""
+    """A local directory as it is, or a hub repository downloaded (and cached) by huggingface_hub.
+    Returns the directory."""
     if os.path.isdir(path_or_hub_id):
         return str(path_or_hub_id)
-    if os.path.exists(path_or_hub_id) or str(path_or_hub_id).startswith((".", "/", "~")) or str(path_or_hub_id).count("/") > 1:
-        raise run.UserError(f"{path_or_hub_id} is not a directory; give a Hugging Face checkpoint's directory or a hub id")
+    if (os.path.exists(path_or_hub_id) or str(path_or_hub_id).startswith((".", "/", "~"))
+            or str(path_or_hub_id).count("/") > 1):
+        raise run.UserError(f"{path_or_hub_id} is not a directory; "
+                            "give a Hugging Face checkpoint's directory or a hub id")
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(patterns), ignore_patterns=["original/*", "consolidated*"])
+        return huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(patterns),
+                                                 ignore_patterns=["original/*", "consolidated*"])
     except Exception as error:  # the hub's client has a dozen kinds; each means that the checkpoint is not to be had
-        raise run.UserError(f"{path_or_hub_id} is no directory here, and the hub did not give it ({type(error).__name__}); check "
-                            "the name, the connection and, for gated models, `hf auth login`") from None
+        raise run.UserError(f"{path_or_hub_id} is no directory here, and the hub did not give it "
+                            f"({type(error).__name__}); check the name, the connection and, "
+                            "for gated models, `hf auth login`") from None
 
 
 def _read_json(path):
@@ -504,7 +525,8 @@ def _read_tensors(path):
     for name in files:
         file = os.path.join(path, name)
         if not os.path.exists(file):
-            raise run.UserError(f"{file} is missing; the checkpoint is incomplete or not in safetensors format (download or convert it again)")
+            raise run.UserError(f"{file} is missing; the checkpoint is incomplete or not in safetensors format "
+                                "(download or convert it again)")
         try:
             with safetensors.safe_open(file, framework="pt") as shard:
                 for key in shard.keys():
@@ -532,7 +554,8 @@ def _names(net):
             for linear, parts, sizes in fused:
                 whole = getattr(linear, kind)
                 if whole is not None:
-                    names |= {p + part + "." + kind: t for part, t in zip(parts, whole.detach().split(sizes) if sizes else (whole,))}
+                    names |= {p + part + "." + kind: t
+                              for part, t in zip(parts, whole.detach().split(sizes) if sizes else (whole,))}
     return names
 
 
@@ -544,13 +567,16 @@ def _fill(net, tensors, path):
         if key not in names:
             if key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"):
                 continue                        # tied, or a constant that old checkpoints stored
-            raise run.UserError(f"{file} holds {key}, which a {net.config.raw['model_type']} model does not have; is config.json of another model?")
+            raise run.UserError(f"{file} holds {key}, which a {net.config.raw['model_type']} model does not have; "
+                                "is config.json of another model?")
         if tensor.shape != names[key].shape:
-            raise run.UserError(f"{file}: {key} has shape {list(tensor.shape)}, config.json wants {list(names[key].shape)}; they do not belong together")
+            raise run.UserError(f"{file}: {key} has shape {list(tensor.shape)}, "
+                                f"config.json wants {list(names[key].shape)}; they do not belong together")
         names[key].copy_(tensor)
         missing.discard(key)
     if missing:
-        raise run.UserError(f"{path} lacks the weight {sorted(missing)[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise run.UserError(f"{path} lacks the weight {sorted(missing)[0]}"
+                            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                             + "; the checkpoint is incomplete, download it again")
     generation = os.path.join(path, "generation_config.json")
     if os.path.exists(generation):
@@ -578,4 +604,5 @@ def _write_tensors(tensors, path, max_shard_bytes):
         save_file(shard, os.path.join(path, file), metadata={"format": "pt"})
         weight_map |= {name: file for name in shard}
     if len(shards) > 1:
-        run.write_json(os.path.join(path, "model.safetensors.index.json"), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        run.write_json(os.path.join(path, "model.safetensors.index.json"),
+                       {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

@@ -4,18 +4,18 @@
     samples.tokens[b][i], samples.logprobs[b][i], samples.finish[b][i]
 
 Four things make it fast, none of them clever:
-  1. shared prefill     a prompt is computed once, packed with its neighbours without padding, and its keys and values are
-                        copied to its n samples
+  1. shared prefill     a prompt is computed once, packed with its neighbours without padding, and its keys and values
+                        are copied to its n samples
   2. compaction         a finished row leaves the batch at once: the last live row moves into its place, waiting prompts
                         enter. With long-tailed lengths two thirds of a padded batch's work is spent on rows that ended
   3. grouped queries    the query heads that share a key head read it once (KVCache.attend)
   4. inverse CDF        one uniform number per row, found by two short searches instead of torch.multinomial's V draws
 
-A row's randomness is a function of (its prompt's seed, its sample index, the position): never of the batch it is in, of the
-order, or of how many ranks share the work. So a run can be resumed, resharded or rebatched and draws the same tokens, up to
-floating-point rounding at the boundary of two tokens.
+A row's randomness is a function of (its prompt's seed, its sample index, the position): never of the batch it is in, of
+the order, or of how many ranks share the work. So a run can be resumed, resharded or rebatched and draws the same
+tokens, up to floating-point rounding at the boundary of two tokens.
 
-    python rollout.py            checks greedy decoding against the plain forward, then times against transformers' generate
+    python rollout.py        checks greedy decoding against the plain forward, then times against transformers' generate
 """
 
 import dataclasses
@@ -79,7 +79,8 @@ def uniform(stream, position):
 
 
 def truncate(logits, top_p=1.0, top_k=0):
-    """Set to -inf what top-k and then top-p (nucleus) leave out: the smallest set of likeliest tokens with mass >= top_p.
+    """Set to -inf what top-k and then top-p (nucleus) leave out:
+    the smallest set of likeliest tokens with mass >= top_p.
 
     >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000]])
@@ -96,12 +97,14 @@ def truncate(logits, top_p=1.0, top_k=0):
 
 
 def inverse_cdf(weights, u):
-    """Draw from unnormalised weights [R, V] >= 0 with u [R] in [0, 1): the first index whose cumulative weight exceeds u.
+    """Draw from unnormalised weights [R, V] >= 0 with u [R] in [0, 1):
+    the first index whose cumulative weight exceeds u.
 
-    Two levels: sums of blocks, a search among them, a search inside the block. It reads the weights once and never builds
-    a [R, V] cumulative sum, whose float32 rounding would also grow with V. Zero weights are never drawn.
+    Two levels: sums of blocks, a search among them, a search inside the block. It reads the weights once and never
+    builds a [R, V] cumulative sum, whose float32 rounding would also grow with V. Zero weights are never drawn.
 
-    >>> inverse_cdf(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.2])), inverse_cdf(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.25]))
+    >>> (inverse_cdf(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.2])),
+    ...  inverse_cdf(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.25])))
     (tensor([0]), tensor([2]))
     """
     R, V = weights.shape
@@ -169,11 +172,12 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
              prefill_tokens=16384, desc=None):
     """Sample n continuations of each prompt.
 
-    prompts: B non-empty lists of ids. max_new_tokens: one int, or [B][n] ints. temperature 0 is greedy. top_p in (0, 1],
-    top_k 0 = off. stop_ids end a row and stay in it. seeds: B ints, or one int s for s, s+1, ... max_rows bounds the rows
-    in flight and with them the cache: layers * 2 * nkv * hd * (longest prompt + max_new_tokens) numbers a row.
-    desc: label of a progress bar, None for no bar. Returns Samples. Raises ValueError for an empty prompt or one that leaves
-    no room for max_new_tokens in the model's context.
+    prompts: B non-empty lists of ids. max_new_tokens: one int, or [B][n] ints. temperature 0 is greedy.
+    top_p in (0, 1], top_k 0 = off. stop_ids end a row and stay in it. seeds: B ints, or one int s for s, s+1, ...
+    max_rows bounds the rows in flight and with them the cache: layers * 2 * nkv * hd * (longest prompt +
+    max_new_tokens) numbers a row.
+    desc: label of a progress bar, None for no bar. Returns Samples. Raises ValueError for an empty prompt or one that
+    leaves no room for max_new_tokens in the model's context.
     """
     start = time.perf_counter()
     B = len(prompts)
@@ -181,8 +185,8 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
     longest_new = max((l for group in limits for l in group), default=0)
     for b, p in enumerate(prompts):
         if not p or len(p) + max(limits[b]) > net.config.max_positions:
-            raise ValueError(f"prompt {b} has {len(p)} tokens: with {max(limits[b])} new ones it must lie between 1 and the "
-                             f"context of {net.config.max_positions}")
+            raise ValueError(f"prompt {b} has {len(p)} tokens: with {max(limits[b])} new ones "
+                             f"it must lie between 1 and the context of {net.config.max_positions}")
     seeds = [seeds + b for b in range(B)] if isinstance(seeds, int) else seeds
     samples = Samples([[None] * n for _ in range(B)], [[None] * n for _ in range(B)], [[None] * n for _ in range(B)])
     if B == 0:
@@ -195,7 +199,8 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
     waiting, longest = 0, 0
     streams = row_streams(seeds, n, net.device).view(B, n)
     while waiting < B or cache.live:
-        # Let prompts in when a quarter of the rows is free (a prefill for every freed row would cost more than it brings).
+        # Let prompts in when a quarter of the rows is free
+        # (a prefill for every freed row would cost more than it brings).
         if waiting < B and (max_rows - cache.live >= max(n, max_rows // 4) or not cache.live):
             take = _how_many(prompts, waiting, (max_rows - cache.live) // n, prefill_tokens)
             chosen = range(waiting, waiting + take)
@@ -210,7 +215,8 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
             live = slice(0, cache.live)
             logits = net.logits(net(rows.token[live], cache))
         _append(rows, live, logits, temperature, top_p, top_k)
-        ended = (torch.isin(rows.token[live], stop) | (rows.made[live] >= rows.limit[live])).nonzero().squeeze(1) + live.start
+        ended = (torch.isin(rows.token[live], stop)
+                 | (rows.made[live] >= rows.limit[live])).nonzero().squeeze(1) + live.start
         if len(ended):
             _collect(rows, ended, stop, samples)
             _compact(cache, rows, ended)
@@ -235,7 +241,8 @@ def _how_many(prompts, first, room, prefill_tokens):
 
 
 def _prefill(net, cache, rows, chosen, prompts, n, streams, limits):
-    """Compute the chosen prompts once, give each n rows, and return the hidden state at each prompt's end [len(chosen), H]."""
+    """Compute the chosen prompts once, give each n rows,
+    and return the hidden state at each prompt's end [len(chosen), H]."""
     view = model.SharedPrefix([prompts[b] for b in chosen], [[] for _ in chosen], net.device, keep_kv=True)
     hidden = net(view.tokens, view)[view.prompt_last]
     new = slice(cache.live, cache.live + len(chosen) * n)
@@ -297,16 +304,19 @@ def _random_llama(size, directory):
 
     layers, width, heads, kv_heads, mlp, vocab = SIZES[size]
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-                                      num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
+    config = transformers.LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=mlp,
+                                      num_hidden_layers=layers, num_attention_heads=heads,
+                                      num_key_value_heads=kv_heads, max_position_embeddings=1024,
                                       bos_token_id=None, eos_token_id=None, pad_token_id=0)
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
 
 def _workload(vocab):
-    """16 ragged prompts of 64-128 tokens x 5 samples, lengths 8-256 with a long tail (log-normal): most rows end early."""
+    """16 ragged prompts of 64-128 tokens x 5 samples,
+    lengths 8-256 with a long tail (log-normal): most rows end early."""
     g = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, vocab, (int(torch.randint(64, 129, (1,), generator=g)),), generator=g).tolist() for _ in range(16)]
+    prompts = [torch.randint(1, vocab, (int(torch.randint(64, 129, (1,), generator=g)),), generator=g).tolist()
+               for _ in range(16)]
     lengths = (torch.randn(16, 5, generator=g) + 3.9).exp().clamp(8, 256).long()
     lengths[0, 0] = 256
     return prompts, lengths.tolist()
@@ -315,7 +325,7 @@ def _workload(vocab):
 @torch.inference_mode()
 def _check_greedy(net, prompts, steps=24):
     """Cached, batched, compacted greedy decoding = argmax of the plain uncached forward, token for token."""
-    limits = [[steps - b] for b in range(len(prompts))]              # rows end at different times: compaction is at work
+    limits = [[steps - b] for b in range(len(prompts))]            # rows end at different times: compaction is at work
     got = generate(net, prompts, 1, limits, temperature=0, max_rows=6)
     for p, tokens, limit in zip(prompts, got.tokens, limits):
         row = torch.tensor([p], device=net.device)
@@ -357,7 +367,8 @@ def _benchmark(argv):
 
     @dataclasses.dataclass
     class Settings:
-        size: str = run.flag("tiny", "random Llama: tiny = 4 layers, width 192; small = 12 layers, width 768, V 32,000", tuple(SIZES))
+        size: str = run.flag("tiny",
+            "random Llama: tiny = 4 layers, width 192; small = 12 layers, width 768, V 32,000", tuple(SIZES))
         rounds: int = run.flag(3, "interleaved rounds; the median is printed")
         device: str = run.flag("auto", "cuda, mps or cpu")
         dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
@@ -388,12 +399,14 @@ def _benchmark(argv):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    print(f"{settings.size}, {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads: 16 prompts x 5 samples, {useful} useful "
-          f"tokens ({useful / (80 * 256):.0%} of the padded batch); median of {settings.rounds} interleaved rounds")
+    print(f"{settings.size}, {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads: 16 prompts x 5 samples, "
+          f"{useful} useful tokens ({useful / (80 * 256):.0%} of the padded batch); "
+          f"median of {settings.rounds} interleaved rounds")
     median = {name: sorted(s[1:])[settings.rounds // 2] for name, s in seconds.items()}
     best = min(s for name, s in median.items() if name.startswith("transformers"))
     for name, s in median.items():
-        print(f"  {name:28s} {s:7.2f} s {useful / s:9.0f} useful tokens/s   {best / s:5.2f} x the better of transformers'")
+        print(f"  {name:28s} {s:7.2f} s {useful / s:9.0f} useful tokens/s   "
+              f"{best / s:5.2f} x the better of transformers'")
 
 
 if __name__ == "__main__":

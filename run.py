@@ -7,7 +7,8 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
                iter-k/         each a complete Hugging Face checkpoint
-               state/state.pt  what --resume needs; replaced atomically, so that a kill -9 at any moment leaves a good one
+               state/state.pt  what --resume needs; replaced atomically,
+                               so that a kill -9 at any moment leaves a good one
                summary.json    the result
                curves.png      the picture
 
@@ -68,8 +69,8 @@ def parse(settings_class, argv, description):
         if kind is bool:
             parser.add_argument(name, default=field.default, action=argparse.BooleanOptionalAction, help=help)
         else:
-            parser.add_argument(name, default=field.default, type=kind, choices=field.metadata.get("choices"), help=help,
-                                metavar=None if field.metadata.get("choices") else kind.__name__.upper())
+            parser.add_argument(name, default=field.default, type=kind, choices=field.metadata.get("choices"),
+                                help=help, metavar=None if field.metadata.get("choices") else kind.__name__.upper())
     return settings_class(**vars(parser.parse_args(argv)))
 
 
@@ -93,7 +94,8 @@ def main(function):
 
 
 def device_and_dtype(device="auto", dtype="auto"):
-    """Resolve --device and --dtype. auto: cuda, then mps, then cpu; bfloat16 where the hardware multiplies it, else float32.
+    """Resolve --device and --dtype. auto: cuda, then mps, then cpu;
+    bfloat16 where the hardware multiplies it, else float32.
 
     Returns (torch.device, torch.dtype). Raises UserError for a device that is not here.
     """
@@ -103,7 +105,8 @@ def device_and_dtype(device="auto", dtype="auto"):
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
+                        "try --device cpu") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return device, getattr(torch, dtype)
@@ -158,11 +161,12 @@ def shuffled(items, *names):
 
 
 def progress(iterable=None, desc="", total=None):
-    """A tqdm bar on stderr. It shows itself only after two seconds, vanishes when done, and stays quiet on ranks > 0."""
+    """A tqdm bar on stderr.
+    It shows itself only after two seconds and vanishes when done; none on ranks > 0 or in a log file."""
     from tqdm import tqdm  # comes with transformers
 
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True, file=sys.stderr,
-                disable=dist.is_initialized() and dist.get_rank() > 0)
+                disable=not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +174,8 @@ def progress(iterable=None, desc="", total=None):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename onto `path`. A file or a directory; a reader sees the old one or the new one."""
+    """Call write(temporary path), then rename onto `path`.
+    A file or a directory; a reader sees the old one or the new one."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         write(temporary)
@@ -219,7 +224,8 @@ class Run:
             try:
                 self._prepare(settings, resume, overwrite)
             except OSError as error:
-                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give a directory that can") from None
+                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); "
+                                "give a directory that can") from None
         barrier()
         if resume:
             self.state = self._load_state()
@@ -239,8 +245,10 @@ class Run:
         elif os.path.exists(config) and overwrite:
             shutil.rmtree(self.out)
         elif os.path.isdir(self.out) and os.listdir(self.out):
-            raise UserError(f"--out {self.out} holds files that are not a run's; give another --out" if overwrite or resume else
-                            f"--out {self.out} already holds files; give --resume to continue that run, --overwrite to replace it, or another --out")
+            raise UserError(f"--out {self.out} holds files that are not a run's; give another --out"
+                            if overwrite or resume else
+                            f"--out {self.out} already holds files; give --resume to continue that run, "
+                            "--overwrite to replace it, or another --out")
         os.makedirs(self.path("state"), exist_ok=True)
         write_json(config, settings)
 

@@ -4,28 +4,29 @@ The game: two language models answer the same prompt x, and a judge says how lik
 P(y > y' | x). No scores are assumed, so a beats b beats c beats a is allowed. What one wants is the policy that nobody
 beats more than half the time, the Nash equilibrium, and multiplicative weights finds it by self-play:
 
-    pi_{t+1}(y|x)  ~  pi_t(y|x) exp( eta P(y > pi_t | x) )                                                            (4.1)
+    pi_{t+1}(y|x)  ~  pi_t(y|x) exp( eta P(y > pi_t | x) )                                                         (4.1)
 
 Taking logarithms turns the update into a regression that a language model can do. For each iteration t:
 
     sample   K answers y_1..y_K ~ pi_t(.|x) for each prompt of this iteration's part
     judge    all pairs;  Phat(y_i > pi_t | x) = (1/K) sum_k P(y_i > y_k | x), itself included (1/2)
-    loss     ( log pi(y|x) / pi_t(y|x)  -  eta (Phat(y > pi_t | x) - 1/2) )^2  on the best and the worst answer       (4.7)
+    loss     ( log pi(y|x) / pi_t(y|x)  -  eta (Phat(y > pi_t | x) - 1/2) )^2  on the best and the worst answer    (4.7)
     step     pi_t is both the starting point and the reference; the result is pi_{t+1}
 
 Deviations from the paper, each with its reason:
-  - the embedded world's eta, learning rate and epochs are its own (WORLD below, picked on validation prompts): eta = 1e3
-    with lr 5e-7 suits 7B models, not 300k parameters
-  - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base, with
-    the run's own judge; the test prompts play no part in any choice
-Deviations from the official code: sampling T = 1 and top_p = 1 as in the paper (the code has .7 and .9); --estimator pairwise
-keeps the judge's cycles (the code's is `aggregate`); sampled ids are never decoded and re-encoded, so no template is cut
-apart, no BOS doubled, and an answer cut at the length limit gets no end token that the model did not write; test and
-validation prompts never come from the training prompts; over-long prompts are refused, not truncated.
+  - the embedded world's eta, learning rate and epochs are its own (WORLD below, picked on validation prompts):
+    eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
+  - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
+    with the run's own judge; the test prompts play no part in any choice
+Deviations from the official code: sampling T = 1 and top_p = 1 as in the paper (the code has .7 and .9); --estimator
+pairwise keeps the judge's cycles (the code's is `aggregate`); sampled ids are never decoded and re-encoded, so no
+template is cut apart, no BOS doubled, and an answer cut at the length limit gets no end token that the model did not
+write; test and validation prompts never come from the training prompts; over-long prompts are refused, not truncated.
 
-    python sppo.py                                                                             # the embedded world, minutes on a CPU
-    python sppo.py --model mistralai/Mistral-7B-Instruct-v0.2 --judge pairrm:llm-blender/PairRM --prompts ultrafeedback.jsonl
-    torchrun --nproc_per_node=8 sppo.py ...                                                    # the same, prompts shared out
+    python sppo.py                                  # the embedded world, minutes on a CPU
+    python sppo.py --model mistralai/Mistral-7B-Instruct-v0.2 \
+                   --judge pairrm:llm-blender/PairRM --prompts ultrafeedback.jsonl
+    torchrun --nproc_per_node=8 sppo.py ...         # the same, prompts shared out
 """
 
 import contextlib
@@ -46,45 +47,63 @@ import run
 import world
 from run import flag
 
-# What a setting is when its flag is not given. WORLD was picked on the world's validation prompts; PAPER is section 5.1.
-WORLD = dict(prompts_per_iteration=4096, eta=20.0, lr=5e-4, optimizer="adamw", epochs=6, max_new_tokens=24, max_prompt_tokens=0,
-             micro_batch=64, max_rows=512, validation_prompts=512, test_prompts=2000, print_every=64)
-PAPER = dict(prompts_per_iteration=20000, eta=1e3, lr=5e-7, optimizer="rmsprop", epochs=1, max_new_tokens=1024, max_prompt_tokens=512,
-             micro_batch=1, max_rows=128, validation_prompts=256, test_prompts=256, print_every=1)
+# What a setting is when its flag is not given.
+# WORLD was picked on the world's validation prompts; PAPER is section 5.1.
+WORLD = dict(prompts_per_iteration=4096, eta=20.0, lr=5e-4, optimizer="adamw", epochs=6,
+             max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
+             validation_prompts=512, test_prompts=2000, print_every=64)
+PAPER = dict(prompts_per_iteration=20000, eta=1e3, lr=5e-7, optimizer="rmsprop", epochs=1,
+             max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128,
+             validation_prompts=256, test_prompts=256, print_every=1)
 
 
 @dataclasses.dataclass
 class Settings:
-    model: str = flag("", "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3); without it the embedded world's base")
+    model: str = flag("",
+        "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3); without it the embedded world's base")
     judge: str = flag("", "P(y > y' | x): oracle (the embedded world's default) or pairrm:DIR_OR_HUB_ID")
-    estimator: str = flag("pairwise", "PairRM's logits to P: pairwise = sigmoid((M_ij - M_ji)/2); aggregate = the official code's, which loses cycles",
-                          ("pairwise", "aggregate"))
-    prompts: str = flag("", "prompts file: .jsonl/.json with prompt, instruction (+ input) or messages; .txt with one a line")
+    estimator: str = flag("pairwise",
+        "PairRM's logits to P: pairwise = sigmoid((M_ij - M_ji)/2); "
+        "aggregate = the official code's, which loses cycles", ("pairwise", "aggregate"))
+    prompts: str = flag("",
+        "prompts file: .jsonl/.json with prompt, instruction (+ input) or messages; .txt with one a line")
     iterations: int = flag(3, "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3)")
     prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration [world 4096, else 20000]")
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)")
-    eta: float | None = flag(None, "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2) [world 20, else 1e3]")
+    eta: float | None = flag(None,
+        "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2) [world 20, else 1e3]")
     lr: float | None = flag(None, "peak learning rate [world 5e-4, else 5e-7]")
-    optimizer: str | None = flag(None, "adamw or rmsprop [world adamw, else rmsprop as the official code]", ("adamw", "rmsprop"))
-    epochs: int | None = flag(None, "passes over an iteration's pairs; the best on validation prompts is kept [world 6, else 1]")
+    optimizer: str | None = flag(None,
+        "adamw or rmsprop [world adamw, else rmsprop as the official code]", ("adamw", "rmsprop"))
+    epochs: int | None = flag(None,
+        "passes over an iteration's pairs; the best on validation prompts is kept [world 6, else 1]")
     warmup: float = flag(0.1, "share of the steps over which the learning rate rises; then it falls linearly to 0")
     weight_decay: float = flag(0.0, "of AdamW or RMSProp")
     clip: float = flag(1.0, "largest gradient norm; 0 = no clipping")
     batch_size: int = flag(64, "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each")
-    micro_batch: int | None = flag(None, "prompts per forward and backward pass and rank; less saves memory, the gradient is the same [world 64, else 1]")
+    micro_batch: int | None = flag(None,
+        "prompts per forward and backward pass and rank; less saves memory, the gradient is the same "
+        "[world 64, else 1]")
     temperature: float = flag(1.0, "of sampling (section 5.1: 1)")
     top_p: float = flag(1.0, "nucleus of sampling, in (0, 1] (section 5.1: 1)")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0 = all")
-    max_new_tokens: int | None = flag(None, "longest answer in tokens; longer ones are cut, kept and counted [world 24, else 1024]")
-    max_prompt_tokens: int | None = flag(None, "longest prompt in tokens, template included; 0 = whatever the context allows [world 0, else 512]")
+    max_new_tokens: int | None = flag(None,
+        "longest answer in tokens; longer ones are cut, kept and counted [world 24, else 1024]")
+    max_prompt_tokens: int | None = flag(None,
+        "longest prompt in tokens, template included; 0 = whatever the context allows [world 0, else 512]")
     max_rows: int | None = flag(None, "answers in flight while sampling; bounds the KV cache [world 512, else 128]")
     validation_prompts: int | None = flag(None, "held-out prompts that choose the checkpoint [world 512, else 256]")
-    test_prompts: int | None = flag(None, "held-out prompts of the final table; nothing is chosen on them [world 2000, else 256]")
-    print_every: int | None = flag(None, "optimizer steps between printed lines; metrics.jsonl has every step [world 64, else 1]")
-    save_every: int = flag(0, "optimizer steps between saved states, besides those at every epoch's end; 0 = only those")
+    test_prompts: int | None = flag(None,
+        "held-out prompts of the final table; nothing is chosen on them [world 2000, else 256]")
+    print_every: int | None = flag(None,
+        "optimizer steps between printed lines; metrics.jsonl has every step [world 64, else 1]")
+    save_every: int = flag(0,
+        "optimizer steps between saved states, besides those at every epoch's end; 0 = only those")
     seed: int = flag(0, "fixes everything that is drawn")
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag("auto", "float32 or bfloat16; auto: bfloat16 where native (the optimizer keeps float32 weights)", ("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto",
+        "float32 or bfloat16; auto: bfloat16 where native (the optimizer keeps float32 weights)",
+        ("auto", "float32", "bfloat16"))
     out: str = flag("out/sppo", "the run's directory")
     resume: bool = flag(False, "continue the run in --out from its last saved state")
     overwrite: bool = flag(False, "replace the run in --out")
@@ -93,9 +112,10 @@ class Settings:
 def settle(s):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
     defaults = PAPER if s.prompts else WORLD
-    s = dataclasses.replace(s, **{k: v for k, v in defaults.items() if getattr(s, k) is None}, judge=s.judge or ("" if s.prompts else "oracle"))
-    positive = ("iterations", "prompts_per_iteration", "epochs", "batch_size", "micro_batch", "max_new_tokens", "max_rows",
-                "validation_prompts", "test_prompts", "print_every", "lr")
+    s = dataclasses.replace(s, **{k: v for k, v in defaults.items() if getattr(s, k) is None},
+                            judge=s.judge or ("" if s.prompts else "oracle"))
+    positive = ("iterations", "prompts_per_iteration", "epochs", "batch_size", "micro_batch", "max_new_tokens",
+                "max_rows", "validation_prompts", "test_prompts", "print_every", "lr")
     for name in positive:
         if not getattr(s, name) > 0:
             raise run.UserError(f"--{name.replace('_', '-')} {getattr(s, name)} must be above 0")
@@ -112,7 +132,8 @@ def settle(s):
     if s.temperature == 0:
         raise run.UserError("--temperature 0 would draw the same answer K times; give a temperature above 0")
     if s.prompts and (s.judge or "oracle") == "oracle":
-        raise run.UserError("--prompts needs a judge that can read: give --judge pairrm:DIR_OR_HUB_ID (the oracle knows only the embedded world)")
+        raise run.UserError("--prompts needs a judge that can read: give --judge pairrm:DIR_OR_HUB_ID "
+                            "(the oracle knows only the embedded world)")
     if s.prompts and not s.model:
         raise run.UserError("--prompts needs --model: the embedded world's base does not read natural language")
     return s
@@ -131,8 +152,10 @@ def split_prompts(s):
         prompts = run.shuffled(eval.read_prompts(s.prompts), "held-out prompts")
         held = s.validation_prompts + s.test_prompts
         if len(prompts) < held + need:
-            raise run.UserError(f"--prompts {s.prompts} has {len(prompts)} distinct prompts; {s.iterations} iterations of --prompts-per-iteration "
-                                f"{s.prompts_per_iteration}, --validation-prompts {s.validation_prompts} and --test-prompts {s.test_prompts} need {held + need}: lower one")
+            raise run.UserError(f"--prompts {s.prompts} has {len(prompts)} distinct prompts; "
+                                f"{s.iterations} iterations of --prompts-per-iteration {s.prompts_per_iteration}, "
+                                f"--validation-prompts {s.validation_prompts} and --test-prompts {s.test_prompts} "
+                                f"need {held + need}: lower one")
         validation, test = prompts[:s.validation_prompts], prompts[s.validation_prompts:held]
         train = run.shuffled(prompts[held:], s.seed, "training prompts")
     n = s.prompts_per_iteration
@@ -144,46 +167,53 @@ def split_prompts(s):
 
 
 def make_pairs(net, chat, judge, prompts, s, t, shard, r):
-    """Phases `sample` and `judge` of iteration t: every prompt's best and worst answer with their Phat, and log pi_t of both.
+    """Phases `sample` and `judge` of iteration t: every prompt's best and worst answer with their Phat,
+    and log pi_t of both.
 
-    Returns (pairs, statistics). A pair is a dict: prompt (ids), responses (two lists of ids, best first), p (two floats),
-    ref (two floats). Best and worst are by Phat; where all K tie both are the first answer, p = 1/2, and the regression
-    towards 0 holds the policy where it is.
+    Returns (pairs, statistics). A pair is a dict: prompt (ids), responses (two lists of ids, best first),
+    p (two floats), ref (two floats). Best and worst are by Phat; where all K tie both are the first answer, p = 1/2,
+    and the regression towards 0 holds the policy where it is.
     """
     rank, ranks = shard
     mine = prompts[rank::ranks]
     ids = chat.encode_all(mine, s.max_prompt_tokens, s.max_new_tokens)
     with r.phase("sample"):
         seeds = [run.stream(s.seed, "sample", t) + i for i in range(rank, len(prompts), ranks)]
-        samples = rollout.generate(net, ids, s.k, s.max_new_tokens, s.temperature, s.top_p, s.top_k, chat.stop_ids, seeds, s.max_rows,
-                                   desc=f"iteration {t}: sampling {s.k} answers a prompt")
+        samples = rollout.generate(net, ids, s.k, s.max_new_tokens, s.temperature, s.top_p, s.top_k, chat.stop_ids,
+                                   seeds, s.max_rows, desc=f"iteration {t}: sampling {s.k} answers a prompt")
         texts = [[chat.decode(tokens) for tokens in group] for group in samples.tokens]
     with r.phase("judge"):
         phat = prefmodel.phat(judge.preference(mine, texts))                        # [B, K]  Phat(y_i > pi_t | x)
     pairs = []
     for b, wins in enumerate(phat):
         best, worst = int(wins.argmax()), int(wins.argmin())
-        pairs.append({"prompt": ids[b], "responses": [samples.tokens[b][best], samples.tokens[b][worst]], "p": [float(wins[best]), float(wins[worst])],
-                      "texts": texts[b], "phat": [round(float(w), 4) for w in wins], "cut": sum(f == "length" for f in samples.finish[b])})
+        pairs.append({"prompt": ids[b], "responses": [samples.tokens[b][best], samples.tokens[b][worst]],
+                      "p": [float(wins[best]), float(wins[worst])],
+                      "texts": texts[b], "phat": [round(float(w), 4) for w in wins],
+                      "cut": sum(f == "length" for f in samples.finish[b])})
     with r.phase("reference"), torch.no_grad():
         for start in range(0, len(pairs), s.micro_batch):
             chunk = pairs[start:start + s.micro_batch]
             for pair, logp in zip(chunk, sequence_logprobs(net, chunk).tolist()):
-                pair["ref"] = logp                                                  # log pi_t(y|x), the same lines as in training
+                pair["ref"] = logp                                      # log pi_t(y|x), the same lines as in training
     pairs = run.gather(pairs, len(prompts))
     for b, pair in enumerate(pairs):
         texts, wins = pair.pop("texts"), pair.pop("phat")
         if b < 50:
             r.write("samples.jsonl", {"iteration": t, "prompt": prompts[b], "responses": texts, "phat": wins})
     answers = s.k * len(pairs)
-    statistics = {"phat_best": sum(p["p"][0] for p in pairs) / len(pairs), "phat_worst": sum(p["p"][1] for p in pairs) / len(pairs),
-                  "tied_share": sum(p["p"][0] == p["p"][1] for p in pairs) / len(pairs), "cut_share": sum(p.pop("cut") for p in pairs) / answers}
+    statistics = {"phat_best": sum(p["p"][0] for p in pairs) / len(pairs),
+                  "phat_worst": sum(p["p"][1] for p in pairs) / len(pairs),
+                  "tied_share": sum(p["p"][0] == p["p"][1] for p in pairs) / len(pairs),
+                  "cut_share": sum(p.pop("cut") for p in pairs) / answers}
     return pairs, statistics
 
 
 def sequence_logprobs(net, pairs, forward=None):
-    """log pi(y|x) of both answers of each pair [len(pairs), 2] float32: sums over the answer's tokens, end of turn included."""
-    logprob, row, rows = model.response_logprobs(net, [p["prompt"] for p in pairs], [p["responses"] for p in pairs], forward)
+    """log pi(y|x) of both answers of each pair [len(pairs), 2] float32:
+    sums over the answer's tokens, end of turn included."""
+    logprob, row, rows = model.response_logprobs(net, [p["prompt"] for p in pairs],
+                                                 [p["responses"] for p in pairs], forward)
     return kernels.sum_rows(logprob, row, rows).view(-1, 2)
 
 
@@ -203,28 +233,31 @@ def gradient_step(net, forward, optimizer, pairs, s, lr, shard):
         chunk = mine[start:start + s.micro_batch]
         last = start + s.micro_batch >= len(mine)
         with contextlib.nullcontext() if last or forward is net else forward.no_sync():
-            logp = sequence_logprobs(net, chunk, forward)                                               # [b, 2] log pi(y|x)
-            logratio = logp - torch.tensor([p["ref"] for p in chunk], device=logp.device)               # log pi / pi_t
-            p = torch.tensor([p["p"] for p in chunk], device=logp.device)                               # Phat(y > pi_t | x)
+            logp = sequence_logprobs(net, chunk, forward)                                           # [b, 2] log pi(y|x)
+            logratio = logp - torch.tensor([p["ref"] for p in chunk], device=logp.device)           # log pi / pi_t
+            p = torch.tensor([p["p"] for p in chunk], device=logp.device)                           # Phat(y > pi_t | x)
             # (4.7):  ( log pi(y|x)/pi_t(y|x) - eta (Phat - 1/2) )^2, winner and loser averaged, mean over prompts
             loss = kernels.sppo_loss(logratio, p, s.eta).mean(1).sum() * weight
             loss.backward()
         with torch.no_grad():
-            sums += torch.stack([loss / ranks, *(x * weight / ranks for x in (*logratio.sum(0), *logp.sum(0), (logratio - s.eta * (p - 0.5)).abs().sum() / 2))]).double().cpu()
+            sums += torch.stack([loss / ranks, *(x * weight / ranks for x in (
+                *logratio.sum(0), *logp.sum(0), (logratio - s.eta * (p - 0.5)).abs().sum() / 2))]).double().cpu()
     if ranks > 1:
         device_sums = sums.to(net.device) if net.device.type == "cuda" else sums
         dist.all_reduce(device_sums)
         sums = device_sums.cpu()
     loss, ratio_w, ratio_l, logp_w, logp_l, residual = sums.tolist()
     norm = optimizer.step(lr, s.clip) if math.isfinite(loss) else math.nan
-    return {"loss": loss, "logratio_w": ratio_w, "logratio_l": ratio_l, "logp_w": logp_w, "logp_l": logp_l, "residual": residual,
-            "grad_norm": norm, "lr": lr}
+    return {"loss": loss, "logratio_w": ratio_w, "logratio_l": ratio_l, "logp_w": logp_w, "logp_l": logp_l,
+            "residual": residual, "grad_norm": norm, "lr": lr}
 
 
 def validation_win_rate(net, chat, judge, validation, base_side, s, shard):
-    """(win rate, standard error) of samples against the base's on the validation prompts: what chooses the checkpoint."""
+    """(win rate, standard error) of samples against the base's on the validation prompts:
+    what chooses the checkpoint."""
     ids = chat.encode_all(validation, s.max_prompt_tokens, s.max_new_tokens)
-    ours, _ = eval.answer(net, chat, ids, 1, sampling_of(s), run.stream(s.seed, "validation"), desc="validation", shard=shard)
+    ours, _ = eval.answer(net, chat, ids, 1, sampling_of(s), run.stream(s.seed, "validation"),
+                          desc="validation", shard=shard)
     return eval.mean_and_error(eval.verdicts(judge, validation, ours, base_side.sampled))
 
 
@@ -240,7 +273,8 @@ def base_side(r, net, chat, s, sets, shard):
         drawn = {}
         for name, prompts in sets.items():
             ids = chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
-            drawn[name] = dataclasses.asdict(eval.opponent(net, chat, ids, sampling_of(s), run.stream(s.seed, name), shard))
+            drawn[name] = dataclasses.asdict(
+                eval.opponent(net, chat, ids, sampling_of(s), run.stream(s.seed, name), shard))
         if r.rank == 0:
             run.write_json(path, drawn)
     else:
@@ -254,7 +288,8 @@ def base_side(r, net, chat, s, sets, shard):
 
 def main(argv):
     # -- settings, set-up ---------------------------------------------------------------------------------------------
-    s = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0] + "\n\nA default in [brackets]; the README explains every logged metric."))
+    s = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0]
+                         + "\n\nA default in [brackets]; the README explains every logged metric."))
     device, dtype = run.device_and_dtype(s.device, s.dtype)
     rank, ranks, device = run.init_ranks(device)
     shard = (rank, ranks)
@@ -263,19 +298,22 @@ def main(argv):
     base_path = s.model or run.on_rank_0_first(rank, lambda: world.base(device=device))
     net, chat = eval.load(base_path, device, dtype)
     if s.model and not s.prompts and len(chat.tokenizer) != len(world.make_tokenizer()):
-        raise run.UserError(f"--model {s.model} needs --prompts FILE and --judge pairrm:DIR_OR_HUB_ID: it does not speak the embedded world's language")
+        raise run.UserError(f"--model {s.model} needs --prompts FILE and --judge pairrm:DIR_OR_HUB_ID: "
+                            "it does not speak the embedded world's language")
     for prompts in (validation, test, *parts):      # refuse an over-long prompt now, not after an hour
         chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
     r = run.Run(s.out, s, s.resume, s.overwrite, rank)
-    r.say(f"SPPO on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {base_path}, judge {judge.name}; {s.iterations} iterations of "
-          f"{s.prompts_per_iteration} prompts x K = {s.k}, eta {s.eta:g}, lr {s.lr:g}; writing to {s.out}")
+    r.say(f"SPPO on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {base_path}, judge {judge.name}; "
+          f"{s.iterations} iterations of {s.prompts_per_iteration} prompts x K = {s.k}, eta {s.eta:g}, lr {s.lr:g}; "
+          f"writing to {s.out}")
     state = r.state or {"iteration": 1, "step": 0, "best": None, "evaluations": []}
     evaluations, sampling = state["evaluations"], sampling_of(s)
     with r.phase("evaluate"):
         base = base_side(r, net, chat, s, {"validation": validation, "test": test}, shard)
         test_ids = chat.encode_all(test, s.max_prompt_tokens, s.max_new_tokens)
         if not evaluations:
-            evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, "base", shard))
+            evaluations.append(
+                eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, "base", shard))
             evaluations.append(eval.base_greedy_row(evaluations[0], judge, test, base["test"]))
     r.say(eval.table(evaluations))
 
@@ -294,8 +332,10 @@ def main(argv):
         else:
             with open(pairs_path) as file:
                 pairs, statistics = json.load(file).values()
-        r.say(f"iteration {t}: {s.k * len(pairs)} answers judged; mean Phat of the best {statistics['phat_best']:.3f}, of the worst "
-              f"{statistics['phat_worst']:.3f}; all K equal for {statistics['tied_share']:.1%} of prompts; {statistics['cut_share']:.1%} of answers cut")
+        r.say(f"iteration {t}: {s.k * len(pairs)} answers judged; "
+              f"mean Phat of the best {statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; "
+              f"all K equal for {statistics['tied_share']:.1%} of prompts; "
+              f"{statistics['cut_share']:.1%} of answers cut")
 
         # -- loss, step -----------------------------------------------------------------------------------------------
         per_epoch = math.ceil(len(pairs) / s.batch_size)
@@ -312,28 +352,34 @@ def main(argv):
             with r.phase("train"):
                 order = run.shuffled(pairs, s.seed, "order", t, epoch)
                 batch = order[at * s.batch_size:(at + 1) * s.batch_size]
-                metrics = gradient_step(net, forward, optimizer, batch, s, kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
+                metrics = gradient_step(net, forward, optimizer, batch, s,
+                                        kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
             bar.update()
             if not math.isfinite(metrics["loss"]):
-                raise run.UserError(f"the loss is {metrics['loss']} at iteration {t}, step {step + 1}: stopped, the last good checkpoint is {pi_t}; "
+                raise run.UserError(f"the loss is {metrics['loss']} at iteration {t}, step {step + 1}: stopped, "
+                                    f"the last good checkpoint is {pi_t}; "
                                     "lower --lr or --eta, or use --dtype float32")
             r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1, **metrics, **statistics})
             if (step + 1) % s.print_every == 0:
-                r.say(f"iteration {t}, step {step + 1}/{steps}: loss {metrics['loss']:.2f}, log-ratio of winners {metrics['logratio_w']:+.2f}, of losers "
-                      f"{metrics['logratio_l']:+.2f}, gradient norm {metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
+                r.say(f"iteration {t}, step {step + 1}/{steps}: loss {metrics['loss']:.2f}, "
+                      f"log-ratio of winners {metrics['logratio_w']:+.2f}, of losers {metrics['logratio_l']:+.2f}, "
+                      f"gradient norm {metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
 
             # -- choose the checkpoint on validation prompts (5.1), at the end of every epoch --------------------------
             if at == per_epoch - 1:
                 with r.phase("validate"):
                     rate, error = validation_win_rate(net, chat, judge, validation, base["validation"], s, shard)
-                r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1, "validation_win_rate": rate, "validation_win_rate_se": error})
-                r.say(f"iteration {t}, epoch {epoch + 1}/{s.epochs}: validation win rate against the base {rate:.3f} ±{error:.3f}")
+                r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
+                                          "validation_win_rate": rate, "validation_win_rate_se": error})
+                r.say(f"iteration {t}, epoch {epoch + 1}/{s.epochs}: "
+                      f"validation win rate against the base {rate:.3f} ±{error:.3f}")
                 if best is None or rate > best["rate"]:
                     best = {"rate": rate, "epoch": epoch + 1}
                     if rank == 0:
                         net.save_pretrained(r.path(f"iter-{t}"), chat.tokenizer)
             if step + 1 < steps and (at == per_epoch - 1 or (s.save_every and (step + 1) % s.save_every == 0)):
-                r.save_state(iteration=t, step=step + 1, best=best, evaluations=evaluations, weights=net.state_dict(), optimizer=optimizer.state_dict())
+                r.save_state(iteration=t, step=step + 1, best=best, evaluations=evaluations,
+                             weights=net.state_dict(), optimizer=optimizer.state_dict())
         bar.close()
 
         # -- evaluate -------------------------------------------------------------------------------------------------
@@ -341,7 +387,8 @@ def main(argv):
         net = forward = optimizer = None
         net = model.Transformer.from_pretrained(r.path(f"iter-{t}"), device, dtype)
         with r.phase("evaluate"):
-            evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, f"iteration {t}", shard) | {"epoch": best["epoch"]})
+            evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed,
+                                            f"iteration {t}", shard) | {"epoch": best["epoch"]})
         r.say(f"iteration {t} kept epoch {best['epoch']}\n{eval.table(evaluations)}")
         state = {"iteration": t + 1, "step": 0, "best": None, "evaluations": evaluations}
         r.save_state(**state)
@@ -353,7 +400,8 @@ def main(argv):
                    "seconds": {name: round(value, 1) for name, value in r.seconds.items()}, "evaluations": evaluations}
         run.write_json(r.path("summary.json"), summary)
         eval.plot([("SPPO", summary)], r.path("curves.png"))
-    r.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in r.seconds.items()) + f"; wrote {r.path('summary.json')} and {r.path('curves.png')}")
+    r.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in r.seconds.items())
+          + f"; wrote {r.path('summary.json')} and {r.path('curves.png')}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""The embedded world: what `python sppo.py` runs on when no model is named. A tiny language, its oracle, its base model.
+"""The embedded world: what `python sppo.py` runs on when no model is named.
+A tiny language, its oracle, its base model.
 
 A query names one to three operations on a few letters; the answer is the letters after them, left to right:
 
     sort then reverse:dbca   ->   dcba            upper then dedupe:hfah   ->   HFA
 
-Everything a real run has is here in small: a tokenizer with a chat template, a model that was pre-trained on an imperfect
-corpus (an ordinary Hugging Face checkpoint), prompts in disjoint parts, and a judge. It takes the same path through the
-same lines as a 7B checkpoint. What a real run lacks is an oracle that knows the right answer, so that here, and only
-here, one can tell LEARNING from SHARPENING.
+Everything a real run has is here in small: a tokenizer with a chat template, a model that was pre-trained on an
+imperfect corpus (an ordinary Hugging Face checkpoint), prompts in disjoint parts, and a judge. It takes the same path
+through the same lines as a 7B checkpoint. What a real run lacks is an oracle that knows the right answer, so that here,
+and only here, one can tell LEARNING from SHARPENING.
 
-Why that matters: sampling the untrained base at a lower temperature already beats the base at temperature 1, because its
-likeliest answer is better than its average one. Self-play also makes a model greedier. A sampled win rate that rises can
-therefore be had without learning anything. So the corpus is wrong in a *systematic* way: it misreads three operations most
-of the time on longer words. There the base's likeliest answer is wrong, and decoding greedily cannot repair that; yet it
-samples the right answer often enough for a judge to find it. Learning shows as GREEDY accuracy.
+Why that matters: sampling the untrained base at a lower temperature already beats the base at temperature 1, because
+its likeliest answer is better than its average one. Self-play also makes a model greedier. A sampled win rate that
+rises can therefore be had without learning anything. So the corpus is wrong in a *systematic* way: it misreads three
+operations most of the time on longer words. There the base's likeliest answer is wrong, and decoding greedily cannot
+repair that; yet it samples the right answer often enough for a judge to find it. Learning shows as GREEDY accuracy.
 
 The model has three modes, told apart by the user turn: a query is answered; `challenge` is answered by a query (LSP's
 Challenger); `judge:query|answer` is answered by a digit 0-7 (LSP's self-reward).
@@ -23,12 +24,9 @@ Challenger); `judge:query|answer` is answered by a digit 0-7 (LSP's self-reward)
 
 import dataclasses
 import hashlib
-import inspect
-import json
 import os
 import random
 import re
-import sys
 import time
 
 import torch
@@ -40,8 +38,10 @@ import run
 LETTERS = "abcdefgh"
 
 
-def _next(s, step=1):
-    return "".join(chr(o - (o - base) + (o - base + step) % 8) for c in s for o in [ord(c)] for base in [97 if c.islower() else 65])
+def _next(word, step=1):
+    """Every letter moved on by `step` within a-h or A-H."""
+    return "".join(chr(first + (ord(c) - first + step) % 8)
+                   for c in word for first in [ord("a" if c.islower() else "A")])
 
 
 OPS = {
@@ -54,7 +54,8 @@ OPS = {
     "next": _next,                                          # a -> b, ..., h -> a; case kept
     "dedupe": lambda s: "".join(dict.fromkeys(s)),          # first occurrences
 }
-MISREAD = {                                                 # what the corpus mostly does instead, on words of 4 letters or more
+# what the corpus mostly does instead, on words of 4 letters or more
+MISREAD = {
     "sort": lambda s: "".join(sorted(s, reverse=True)),
     "rotate": lambda s: s[-1:] + s[:-1],
     "next": lambda s: _next(s, -1),
@@ -73,7 +74,8 @@ def parse(query):
     """
     head, colon, word = query.partition(":")
     ops = head.split(" then ")
-    if not colon or not 2 <= len(word) <= 8 or any(c not in LETTERS for c in word) or not 1 <= len(ops) <= 4 or any(o not in OPS for o in ops):
+    if (not colon or not 2 <= len(word) <= 8 or any(c not in LETTERS for c in word)
+            or not 1 <= len(ops) <= 4 or any(o not in OPS for o in ops)):
         return None
     return ops, word
 
@@ -120,7 +122,8 @@ def random_query(rng):
 
 
 def queries(part, count, seed=0):
-    """`count` distinct queries of one part ("train", "validation", "test", "corpus"). Longer lists extend shorter ones."""
+    """`count` distinct queries of one part ("train", "validation", "test", "corpus").
+    Longer lists extend shorter ones."""
     rng, found = random.Random(f"{part} {seed}"), {}
     while len(found) < count:
         query = random_query(rng)
@@ -202,8 +205,8 @@ def _junk(query, rng):
 
 
 def judge_label(query, answer):
-    """What the rubric's seven points come to here: 0-7. Two for a clear query, one for an answer in the language, up to four
-    for its correctness.
+    """What the rubric's seven points come to here: 0-7.
+    Two for a clear query, one for an answer in the language, up to four for its correctness.
 
     >>> judge_label("reverse:abc", "cba"), judge_label("reverse:abc", "cbb"), judge_label("reverse:", "cba")
     (7, 4, 0)
@@ -266,11 +269,13 @@ def make_tokenizer():
 
     vocabulary = {token: i for i, token in enumerate(SPECIAL + VOCABULARY)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(re.escape(w) for w in WORDS) + "|."), "isolated")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("|".join(re.escape(w) for w in WORDS) + "|."), "isolated")
     core.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eot>",
-                                                additional_special_tokens=["<user>", "<assistant>"], chat_template=CHAT_TEMPLATE,
-                                                clean_up_tokenization_spaces=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eot>",
+        additional_special_tokens=["<user>", "<assistant>"], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,11 +283,11 @@ def make_tokenizer():
 
 
 def base(world=World(), device="cpu", root="out"):
-    """Directory of the base's checkpoint; trains it first if it is not there. The name holds a hash of the world's constants
-    and of the code that writes the corpus, so that a changed world gets its own base."""
-    code = "".join(inspect.getsource(f) for f in (corpus_row, _corpus_answer, _corrupt, _junk, random_query, judge_label, split, solve, train_base))
-    ops = inspect.getsource(sys.modules[__name__]).split("OPS = {")[1].split("# ----")[0]
-    key = hashlib.blake2b((repr(world) + code + ops).encode(), digest_size=4).hexdigest()
+    """Directory of the base's checkpoint; trains it first if it is not there.
+    The name holds a hash of the constants and of this file,
+    so that whoever edits the world gets a base of their own."""
+    with open(__file__, "rb") as file:
+        key = hashlib.blake2b(file.read() + repr(world).encode(), digest_size=4).hexdigest()
     directory = os.path.join(root, f"world-{key}")
     if not os.path.exists(os.path.join(directory, "config.json")):
         try:
@@ -298,14 +303,18 @@ def train_base(directory, world, device):
     start = time.perf_counter()
     tokenizer, rng = make_tokenizer(), random.Random(f"base {world.seed}")
     ids = {token: i for i, token in enumerate(SPECIAL + VOCABULARY)}
-    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(ids), "hidden_size": world.width,
-           "intermediate_size": world.mlp, "num_hidden_layers": world.layers, "num_attention_heads": world.heads,
-           "num_key_value_heads": world.kv_heads, "head_dim": world.width // world.heads, "max_position_embeddings": world.context,
-           "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": world.rope_theta}, "hidden_act": "silu",
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(ids),
+           "hidden_size": world.width, "intermediate_size": world.mlp, "num_hidden_layers": world.layers,
+           "num_attention_heads": world.heads, "num_key_value_heads": world.kv_heads,
+           "head_dim": world.width // world.heads, "max_position_embeddings": world.context, "rms_norm_eps": 1e-6,
+           "rope_parameters": {"rope_type": "default", "rope_theta": world.rope_theta}, "hidden_act": "silu",
            "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
            "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eot>"], "pad_token_id": ids["<pad>"]}
-    net = model.Transformer(model.Config.from_hf(raw)).init_weights(torch.Generator().manual_seed(world.seed)).to(device)
+    net = (model.Transformer(model.Config.from_hf(raw))
+           .init_weights(torch.Generator().manual_seed(world.seed)).to(device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=world.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    print(f"training the tiny base on {device}, {world.steps} steps (once; about a minute and a half on two cores)",
+          flush=True)
     bar = run.progress(range(world.steps), desc="training the tiny base")
     for step in bar:
         left = 1 - step / world.steps
@@ -314,7 +323,8 @@ def train_base(directory, world, device):
         prompts, answers = [], []
         for _ in range(world.batch):
             user, assistant = corpus_row(world, rng)
-            prompts.append([ids["<bos>"], ids["<user>"], *(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(user)), ids["<assistant>"]])
+            prompts.append([ids["<bos>"], ids["<user>"],
+                            *(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(user)), ids["<assistant>"]])
             answers.append([[*(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(assistant)), ids["<eot>"]]])
         logprob, _, _ = model.response_logprobs(net, prompts, answers)      # only the assistant's tokens count
         loss = -logprob.mean()
@@ -325,20 +335,24 @@ def train_base(directory, world, device):
         bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
     greedy, sampled = (accuracy(net, tokenizer, queries("validation", 500), t) for t in (0, 1))
     net.save_pretrained(directory, tokenizer)
-    print(f"trained the tiny base in {time.perf_counter() - start:.0f} s ({sum(p.numel() for p in net.parameters()):,} parameters): validation "
-          f"accuracy {greedy:.3f} greedy, {sampled:.3f} sampled; saved as {directory}", flush=True)
+    print(f"trained the tiny base in {time.perf_counter() - start:.0f} s "
+          f"({sum(p.numel() for p in net.parameters()):,} parameters): "
+          f"validation accuracy {greedy:.3f} greedy, {sampled:.3f} sampled; saved as {directory}", flush=True)
 
 
 def answers(net, tokenizer, prompts, temperature, seeds=0):
     """One answer per query, as text. temperature 0 is greedy."""
-    ids = [tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False) for p in prompts]
-    samples = rollout.generate(net, ids, 1, 24, temperature=temperature, stop_ids=(tokenizer.eos_token_id,), seeds=seeds, max_rows=512)
+    ids = [tokenizer.apply_chat_template([{"role": "user", "content": p}],
+                                         add_generation_prompt=True, return_dict=False) for p in prompts]
+    samples = rollout.generate(net, ids, 1, 24, temperature=temperature, stop_ids=(tokenizer.eos_token_id,),
+                               seeds=seeds, max_rows=512)
     return [tokenizer.decode(group[0], skip_special_tokens=True) for group in samples.tokens]
 
 
 def accuracy(net, tokenizer, prompts, temperature, seeds=0):
     """Share of queries answered exactly."""
-    return sum(score(q, a) == 1 for q, a in zip(prompts, answers(net, tokenizer, prompts, temperature, seeds))) / len(prompts)
+    return (sum(score(q, a) == 1 for q, a in zip(prompts, answers(net, tokenizer, prompts, temperature, seeds)))
+            / len(prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +377,8 @@ def _show(argv):
     groups = {"all": test} | {op: [q for q in test if op in parse(q)[0]] for op in OPS}
     groups |= {f"{n} operation{'s' * (n > 1)}": [q for q in test if len(parse(q)[0]) == n] for n in (1, 2, 3)}
     by_query = {q: (s, g) for q, s, g in zip(test, sampled, greedy)}
-    print(f"\n{'accuracy of the base on':24s} {'queries':>8s} {'sampled':>8s} {'greedy':>8s} {'copying':>8s}   (copying = answering with the word itself)")
+    print(f"\n{'accuracy of the base on':24s} {'queries':>8s} {'sampled':>8s} {'greedy':>8s} {'copying':>8s}   "
+          "(copying = answering with the word itself)")
     for name, group in groups.items():
         rows = [[score(q, a) == 1 for a in (*by_query[q], parse(q)[1])] for q in group]
         print(f"{name:24s} {len(group):8d}" + "".join(f" {sum(column) / len(group):8.3f}" for column in zip(*rows)))
