@@ -40,12 +40,12 @@ import os
 import pickle
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
 
 import world
+from model import fetch
 from run import UserError, progress
 
 
@@ -57,7 +57,7 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
     """
     kind, _, path = spec.partition(":")
     if estimator not in ESTIMATORS:
-        raise UserError(f"preference estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
+        raise UserError(f"--estimator {estimator} is not known; choose one of {', '.join(ESTIMATORS)}")
     if spec == "oracle":
         return OracleJudge()
     if kind == "pairrm" and path:
@@ -193,8 +193,8 @@ class PairRM:
     def logits(self, prompts, responses):
         """Raw M [B, K, K] float32 on the CPU: M[b, i, j] with response i on the left; diagonal 0.
 
-        All B K (K - 1) ordered pairs, equal responses of a prompt counted once, go through the network in order of length,
-        so that a batch is hardly padded; a pair's logit does not depend on its batch beyond rounding.
+        All B K (K - 1) ordered pairs, equal responses of a prompt counted once, go through the network in order of
+        length, so that a batch is hardly padded; a pair's logit does not depend on its batch beyond rounding.
         Raises ValueError where the lists do not fit together, UserError where logits overflow the dtype.
         """
         B, K = _rectangle(prompts, responses)
@@ -229,7 +229,7 @@ class PairRM:
         return list(itertools.chain(*self._fit(segments[prompt], segments[left], segments[right])))
 
     def _segments(self, texts):
-        """{text: ids of [CLS] marker text [SEP]}, uncut, every text tokenised once; `_fit` puts in the role's marker."""
+        """{text: ids of [CLS] marker text [SEP]}, uncut, every text tokenised once; `_fit` puts in the marker."""
         texts, clean = list(dict.fromkeys(texts)), []
         for text in texts:
             for special in ["[SEP]", *MARKERS]:
@@ -297,10 +297,10 @@ def _open(path):
                             config, and the tokenizer if there is none beside the weights, come from `model_name`
     llm-blender/PairRM-hf   config.json is a DeBERTa config with the markers' ids; everything in one place
     """
-    directory = backbone = _fetch(path, SMALL_FILES)
+    directory = backbone = fetch(path, SMALL_FILES)
     settings = described = _read_json(directory)
     if settings.get("ranker_type") == "pairranker" and settings.get("model_name"):
-        backbone = _fetch(settings["model_name"], SMALL_FILES)
+        backbone = fetch(settings["model_name"], SMALL_FILES)
         described = _read_json(backbone)
     elif "source_prefix_id" not in settings:
         raise UserError(f"{directory}/config.json is not a PairRM's: it has neither ranker_type pairranker with a "
@@ -318,21 +318,10 @@ def _open(path):
     return settings, config, tokenizer, weights, file
 
 
-def _fetch(path, patterns):
-    """The directory `path`, or the hub snapshot of that name with the files that match `patterns`."""
-    if os.path.isdir(path):
-        return path
-    try:
-        return snapshot_download(path, allow_patterns=patterns)
-    except Exception as error:  # the hub client lets errors of its HTTP library through, and these share no base
-        raise UserError(f"{path} is neither a directory nor a checkpoint that the hub delivers ({_first_line(error)}); "
-                        "give a directory with the checkpoint's files, or a hub id and a connection") from None
-
-
 def _weights_file(path):
     """The first of WEIGHT_FILES that exists; on the hub only that one is downloaded, each is 1.7 GB."""
     for name in WEIGHT_FILES:
-        file = os.path.join(_fetch(path, [name]), name)
+        file = os.path.join(fetch(path, [name]), name)
         if os.path.exists(file):
             return file
     raise UserError(f"{path} has no weights, neither {' nor '.join(WEIGHT_FILES)}; complete the checkpoint")

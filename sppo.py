@@ -18,6 +18,7 @@ Deviations from the paper, each with its reason:
     eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
   - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
     with the run's own judge; the test prompts play no part in any choice
+  - the learning rate is scheduled over the run's own epochs; the paper schedules 18 and keeps the first epoch's result
 Deviations from the official code: sampling T = 1 and top_p = 1 as in the paper (the code has .7 and .9); --estimator
 pairwise keeps the judge's cycles (the code's is `aggregate`); sampled ids are never decoded and re-encoded, so no
 template is cut apart, no BOS doubled, and an answer cut at the length limit gets no end token that the model did not
@@ -48,7 +49,8 @@ import world
 from run import flag
 
 # What a setting is when its flag is not given.
-# WORLD was picked on the world's validation prompts; PAPER is section 5.1.
+# WORLD was picked on the world's validation prompts (8 trials); PAPER is section 5.1, and where that is silent the
+# official code: RMSProp, 512 tokens for a prompt and 1,024 for both together (here: 1,024 for the answer).
 WORLD = dict(prompts_per_iteration=4096, eta=20.0, lr=5e-4, optimizer="adamw", epochs=6,
              max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
              validation_prompts=512, test_prompts=2000, print_every=64)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -354,7 +355,7 @@ def test_the_hub_is_asked_for_the_small_files_and_one_weight_file(tmp_path, monk
     write_weights(tmp_path / "judge", *reference[:2])  # safetensors beside it
     torch.save({}, tmp_path / "backbone/pytorch_model.bin")
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, **options):
         copy = tmp_path / "cache" / name
         copy.mkdir(parents=True, exist_ok=True)
         for file in os.listdir(tmp_path / name.split("/")[1]):
@@ -362,7 +363,7 @@ def test_the_hub_is_asked_for_the_small_files_and_one_weight_file(tmp_path, monk
                 shutil.copy(tmp_path / name.split("/")[1] / file, copy)
         return str(copy)
 
-    monkeypatch.setattr(prefmodel, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     M = prefmodel.load("pairrm:some/judge").logits(PROMPTS, RESPONSES)
     torch.testing.assert_close(M, expected(reference), atol=1e-5, rtol=0)
     cache = tmp_path / "cache/some"
