@@ -81,7 +81,9 @@ class _LinearLogprob(torch.autograd.Function):
         # The sum over V tiles must not be rounded tile by tile, so hidden's gradient is accumulated in float32.
         d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_h else None
         d_weight = torch.empty_like(weight) if need_w else None     # each row belongs to one tile: written once
-        for v in _tiles(V, CHUNK_V):
+        if T == 0 and need_w:
+            d_weight.zero_()
+        for v in _tiles(V, CHUNK_V) if T else []:
             w = weight[v]
             if need_w:  # a float32 gradient is its own accumulator
                 d_w = d_weight[v] if weight.dtype == torch.float32 else torch.empty(w.shape, device=w.device)
@@ -171,17 +173,16 @@ class Optimizer:
     def __init__(self, parameters, name, weight_decay=0.0):
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        if name == "adamw":
-            self.inner = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay)
-        else:
-            self.inner = torch.optim.RMSprop(self.masters, lr=0.0, weight_decay=weight_decay)
+        kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay),
+                 "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.0, weight_decay=weight_decay)}
+        self.inner = kinds[name](self.masters)
 
     def step(self, lr, clip):
         """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it.
         Returns the norm before clipping."""
         for p, m in zip(self.parameters, self.masters):
             if m is not p:
-                m.grad, p.grad = p.grad.float(), None
+                m.grad, p.grad = None if p.grad is None else p.grad.float(), None
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf))
         for group in self.inner.param_groups:
             group["lr"] = lr

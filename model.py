@@ -57,6 +57,8 @@ class Config:
     def from_hf(cls, raw, where="config.json"):
         """Read a config.json, in the spelling of transformers 5 or older.
         Raises UserError for what is not supported."""
+        if not isinstance(raw, dict):
+            raise run.UserError(f"{where} holds no JSON object; download it again")
         family = raw.get("model_type")
         if family not in ("llama", "mistral", "qwen2", "qwen3"):
             raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
@@ -86,11 +88,16 @@ def _read_rope(raw, where):
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise run.UserError(f"{where} has rope_type {rope['rope_type']!r}; default, linear and llama3 are supported")
+    numbers = {"default": (), "linear": ("factor",),
+               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    for key in numbers[rope["rope_type"]]:
+        if key not in rope:
+            raise run.UserError(f"{where} has rope_type {rope['rope_type']!r} without {key!r}; download it again")
     return rope
 
 
 def _read_windows(raw, family, layers):
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)   # transformers' default of a missing key
     if window is None or family == "llama":
         return (None,) * layers
     if family == "mistral":
@@ -158,6 +165,8 @@ class SharedPrefix:
     """
 
     def __init__(self, prompts, responses, device, keep_kv=False):
+        if not all(prompts):
+            raise ValueError("an empty prompt has no last token to predict a response from")
         rows = [(b, r) for b, group in enumerate(responses) for r in group if r]
         ids = [t for p in prompts for t in p] + [t for _, r in rows for t in r]
         positions = ([i for p in prompts for i in range(len(p))]
@@ -276,6 +285,7 @@ class KVCache:
             self.v[layer, new, :, :index.shape[1]] = v[index].transpose(1, 2)
         self.lengths[new] = lengths.repeat_interleave(n, 0)
         self.live += len(index)
+        self.longest = max(self.longest, index.shape[1])    # `keep` may be called before the next step
 
     def keep(self, holes, movers, live):
         """Compaction: copy rows `movers` into `holes` and keep the first `live`. Costs only as many rows as ended."""
@@ -512,6 +522,8 @@ def _read_json(path):
             return json.load(file)
     except FileNotFoundError:
         raise run.UserError(f"{path} does not exist; give the directory of a Hugging Face checkpoint") from None
+    except UnicodeDecodeError:
+        raise run.UserError(f"{path} is not valid JSON; download it again") from None
     except json.JSONDecodeError as error:
         raise run.UserError(f"{path} is not valid JSON (line {error.lineno}); download it again") from None
 
@@ -521,7 +533,12 @@ def _read_tensors(path):
     import safetensors
 
     index = os.path.join(path, "model.safetensors.index.json")
-    files = sorted(set(_read_json(index)["weight_map"].values())) if os.path.exists(index) else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if os.path.exists(index):
+        try:
+            files = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise run.UserError(f"{index} has no weight_map; download it again") from None
     for name in files:
         file = os.path.join(path, name)
         if not os.path.exists(file):

@@ -81,6 +81,7 @@ def uniform(stream, position):
 def truncate(logits, top_p=1.0, top_k=0):
     """Set to -inf what top-k and then top-p (nucleus) leave out:
     the smallest set of likeliest tokens with mass >= top_p.
+    Tokens that tie with the k-th likeliest stay.
 
     >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000]])
@@ -117,7 +118,7 @@ def inverse_cdf(weights, u):
     block = _first_above(sums, at)                                    # [R, 1]
     inside = blocks[torch.arange(R, device=u.device), block.squeeze(1)].cumsum(-1)
     before = (sums.gather(1, block) - inside[:, -1:]).clamp(min=0)    # weight of the earlier blocks
-    return (block * size + _first_above(inside, at - before)).squeeze(1)
+    return (block * size + _first_above(inside, (at - before).clamp(min=0))).squeeze(1)
 
 
 def _first_above(cumulative, at):
@@ -183,11 +184,13 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
     B = len(prompts)
     limits = [[max_new_tokens] * n] * B if isinstance(max_new_tokens, int) else max_new_tokens
     longest_new = max((l for group in limits for l in group), default=0)
+    seeds = [seeds + b for b in range(B)] if isinstance(seeds, int) else list(seeds)
+    if n < 1 or len(seeds) != B or len(limits) != B or any(len(l) != n or min(l) < 1 for l in limits):
+        raise ValueError(f"{B} prompts x {n} samples need n >= 1, {B} seeds, and limits of at least one token for each")
     for b, p in enumerate(prompts):
         if not p or len(p) + max(limits[b]) > net.config.max_positions:
             raise ValueError(f"prompt {b} has {len(p)} tokens: with {max(limits[b])} new ones "
                              f"it must lie between 1 and the context of {net.config.max_positions}")
-    seeds = [seeds + b for b in range(B)] if isinstance(seeds, int) else seeds
     samples = Samples([[None] * n for _ in range(B)], [[None] * n for _ in range(B)], [[None] * n for _ in range(B)])
     if B == 0:
         return samples

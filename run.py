@@ -176,18 +176,25 @@ def progress(iterable=None, desc="", total=None):
 def write_atomically(path, write):
     """Call write(temporary path), then rename onto `path`.
     A file or a directory; a reader sees the old one or the new one."""
-    temporary = f"{path}.tmp-{os.getpid()}"
+    path = os.path.normpath(path)
+    temporary, aside = f"{path}.tmp-{os.getpid()}", f"{path}.old-{os.getpid()}"
     try:
         write(temporary)
         if os.path.isdir(path):  # a directory cannot be replaced in one step, so the old one steps aside first
-            os.replace(path, f"{temporary}-old")
+            os.replace(path, aside)
         os.replace(temporary, path)
     finally:
-        for left in (temporary, f"{temporary}-old"):
-            if os.path.isdir(left):
-                shutil.rmtree(left)
-            elif os.path.exists(left):
-                os.remove(left)
+        if os.path.isdir(aside) and not os.path.exists(path):
+            os.replace(aside, path)
+        for left in (temporary, aside):
+            _remove(left)
+
+
+def _remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 def write_json(path, value):
@@ -238,17 +245,17 @@ class Run:
     def _prepare(self, settings, resume, overwrite):
         """Make the directory, unless it holds something that this run must not touch."""
         config = self.path("config.json")
-        if os.path.exists(config) and resume:
+        a_run = os.path.exists(config) and os.path.isdir(self.path("state"))    # a checkpoint has a config.json too
+        if a_run and resume:
             self._check_same(config, settings)
-            for left in glob.glob(self.path("*.tmp-*")):  # what a kill left behind in the middle of a rename
-                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
-        elif os.path.exists(config) and overwrite:
+            for left in glob.glob(self.path("**", "*.tmp-*"), recursive=True) + glob.glob(self.path("*.old-*")):
+                _remove(left)  # what a kill left behind in the middle of a rename
+        elif a_run and overwrite:
             shutil.rmtree(self.out)
         elif os.path.isdir(self.out) and os.listdir(self.out):
-            raise UserError(f"--out {self.out} holds files that are not a run's; give another --out"
-                            if overwrite or resume else
-                            f"--out {self.out} already holds files; give --resume to continue that run, "
-                            "--overwrite to replace it, or another --out")
+            raise UserError(f"--out {self.out} already holds files; give --resume to continue that run, --overwrite "
+                            "to replace it, or another --out" if a_run else
+                            f"--out {self.out} holds files that are not a run's; give another --out")
         os.makedirs(self.path("state"), exist_ok=True)
         write_json(config, settings)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 
 CHUNK_T, CHUNK_V = 8, 16
-SIZES = [(21, 50), (16, 48), (8, 16), (3, 17), (9, 5), (1, 1)]  # T, V: dividing the tiles or not, smaller than one or not
+SIZES = [(21, 50), (16, 48), (8, 16), (3, 17), (9, 5), (1, 1)]  # T, V: multiples of a tile, larger, smaller
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def exact(hidden, weight, target, coefficient):
     def definition(h, w, t):
         return (h @ w.T).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
 
-    return value_and_gradients(definition, hidden.detach().double(), weight.detach().double(), target, coefficient.double())
+    hidden, weight, coefficient = (x.detach().double() for x in (hidden, weight, coefficient))
+    return value_and_gradients(definition, hidden, weight, target, coefficient)
 
 
 def error(got, want):
@@ -101,14 +102,18 @@ def test_bfloat16_error_does_not_grow_with_the_number_of_tiles(monkeypatch):
 
 
 def test_gradients_equal_finite_differences(small_tiles):
-    """Independent of autograd's formulas. Float32 inside: step 1e-2 leaves about 1e-4 of curvature and 1e-5 of rounding."""
+    """Independent of autograd's formulas. Float32 inside: a step of 1e-2 leaves 1e-4 of curvature, 1e-5 of rounding."""
     hidden, weight, target, _ = draw(9, 17, torch.float64, H=3)
-    assert torch.autograd.gradcheck(lambda h, w: kernels.linear_logprob(h, w, target), (hidden, weight), eps=1e-2, atol=1e-3)
+
+    def function(h, w):
+        return kernels.linear_logprob(h, w, target)
+
+    assert torch.autograd.gradcheck(function, (hidden, weight), eps=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("only", ["hidden", "weight"])
 def test_gradient_of_one_side_only(small_tiles, only):
-    """A frozen head, or frozen layers below it: the other side's gradient is the same and nothing is computed for the rest."""
+    """A frozen head, or frozen layers below it: the other side's gradient is the same."""
     hidden, weight, target, coefficient = draw(21, 50)
     _, d_hidden, d_weight = value_and_gradients(kernels.linear_logprob, hidden, weight, target, coefficient)
     hidden.requires_grad_(only == "hidden")
@@ -183,11 +188,11 @@ def test_sppo_loss_by_hand():
     loss = kernels.sppo_loss(logratio, p, 1000.0)
     torch.testing.assert_close(loss, torch.tensor([400.0, 400.0, 0.0]), rtol=1e-5, atol=1e-5)
     loss.sum().backward()
-    torch.testing.assert_close(logratio.grad, torch.tensor([40.0, 40.0, 0.0]), rtol=1e-5, atol=1e-5)  # 2 (logratio - target)
+    torch.testing.assert_close(logratio.grad, torch.tensor([40.0, 40.0, 0.0]), rtol=1e-5, atol=1e-5)  # 2 x the distance
 
 
 def test_sppo_hard_is_p_one_and_zero():
-    """The "hard" form has targets +-eta/2: with eta = 8, a winner at 3 is 1 off its 4 and a loser at -1 is 3 off its -4."""
+    """The "hard" form has targets +-eta/2: with eta = 8, a winner at 3 is 1 off its 4, a loser at -1 3 off its -4."""
     assert kernels.sppo_loss(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0]), 8.0).tolist() == [1.0, 9.0]
 
 
@@ -203,7 +208,8 @@ def test_minimiser_is_the_multiplicative_weights_update():
     p = P @ pi_t
     want = (pi_t.log() + eta * p).log_softmax(0)
     logits = pi_t.log().requires_grad_()
-    inner = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe")
+    inner = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-14, tolerance_change=0,
+                              line_search_fn="strong_wolfe")
 
     def closure():
         inner.zero_grad()
@@ -216,7 +222,7 @@ def test_minimiser_is_the_multiplicative_weights_update():
 
 
 def test_dpo_loss_by_hand():
-    """-log sigmoid(0) = log 2; far on the wrong side it is the margin itself, not infinity; only the difference counts."""
+    """-log sigmoid(0) = log 2; far on the wrong side the margin itself, not infinity; only the difference counts."""
     w, l = torch.tensor([0.0, -5e4, 7.0]), torch.tensor([0.0, 5e4, 7.0 - math.log(3) * 10])
     loss = kernels.dpo_loss(w, l, 0.1)
     torch.testing.assert_close(loss, torch.tensor([math.log(2), 1e4, math.log(4 / 3)]))
@@ -236,7 +242,8 @@ def test_ipo_margin_is_half_the_inverse_of_beta():
 
 
 def test_bfloat16_weights_move_at_the_papers_learning_rate():
-    """0.02 - 5e-7 is 0.02 in bfloat16: without float32 masters 400 steps change nothing; with them they add up to 2e-4."""
+    """0.02 - 5e-7 is 0.02 in bfloat16: without float32 masters 400 steps change nothing, with them they
+    add up to 2e-4."""
     plain, mine = (torch.nn.Parameter(torch.full((4,), 0.02, dtype=torch.bfloat16)) for _ in range(2))
     before = plain.detach().clone()
     naive, optimizer = torch.optim.AdamW([plain], lr=5e-7, weight_decay=0.0), kernels.Optimizer([mine], "adamw")
@@ -247,7 +254,8 @@ def test_bfloat16_weights_move_at_the_papers_learning_rate():
     assert torch.equal(plain, before)
     assert mine.dtype == torch.bfloat16 and mine.grad is None
     torch.testing.assert_close(before.float() - optimizer.masters[0], torch.full((4,), 2e-4), rtol=1e-2, atol=0)
-    torch.testing.assert_close(before.float() - mine.float(), torch.full((4,), 2e-4), rtol=0, atol=7e-5)  # half a bf16 step
+    moved = before.float() - mine.float()
+    torch.testing.assert_close(moved, torch.full((4,), 2e-4), rtol=0, atol=7e-5)  # half a step of bfloat16
 
 
 def parameters(dtype):
@@ -281,7 +289,7 @@ def test_float32_is_torchs_own_optimizer_to_the_bit(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_a_saved_state_goes_on_bit_for_bit(name, dtype):
-    """Guards against a resume that starts from rounded weights: in bfloat16 the masters hold what the weights cannot."""
+    """Guards against a resume from rounded weights: in bfloat16 the masters hold what the weights cannot."""
     weights = parameters(dtype)
     optimizer = kernels.Optimizer(weights, name)
     for step in range(3):
