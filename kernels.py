@@ -186,7 +186,8 @@ class Optimizer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf))
         for group in self.inner.param_groups:
             group["lr"] = lr
-        self.inner.step()
+        if math.isfinite(norm):
+            self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         with torch.no_grad():
             for p, m in zip(self.parameters, self.masters):

@@ -184,6 +184,8 @@ def make_pairs(net, chat, judge, prompts, s, t, shard, r):
         samples = rollout.generate(net, ids, s.k, s.max_new_tokens, s.temperature, s.top_p, s.top_k, chat.stop_ids,
                                    seeds, s.max_rows, desc=f"iteration {t}: sampling {s.k} answers a prompt")
         texts = [[chat.decode(tokens) for tokens in group] for group in samples.tokens]
+    r.say(f"iteration {t}: sampled {samples.count} tokens in {samples.seconds:.1f} s "
+          f"({samples.count / samples.seconds:.0f} a second{' and rank' * (ranks > 1)})")
     with r.phase("judge"):
         phat = prefmodel.phat(judge.preference(mine, texts))                        # [B, K]  Phat(y_i > pi_t | x)
     pairs = []
@@ -327,13 +329,14 @@ def main(argv):
         pairs_path = r.path("state", f"pairs-{t}.json")
 
         # -- sample, judge --------------------------------------------------------------------------------------------
-        if not (state["step"] and os.path.exists(pairs_path)):
+        if state.get("sampled") == t:
+            with open(pairs_path) as file:
+                pairs, statistics = json.load(file).values()
+        else:
             pairs, statistics = make_pairs(net, chat, judge, parts[t - 1], s, t, shard, r)
             if rank == 0:
                 run.write_json(pairs_path, {"pairs": pairs, "statistics": statistics})
-        else:
-            with open(pairs_path) as file:
-                pairs, statistics = json.load(file).values()
+            r.save_state(iteration=t, sampled=t, step=0, best=None, evaluations=evaluations)
         r.say(f"iteration {t}: {s.k * len(pairs)} answers judged; "
               f"mean Phat of the best {statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; "
               f"all K equal for {statistics['tied_share']:.1%} of prompts; "
@@ -349,38 +352,42 @@ def main(argv):
         forward = torch.nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
         bar = run.progress(desc=f"iteration {t}: training", total=steps)
         bar.update(state["step"])
-        for step in range(state["step"], steps):
-            epoch, at = divmod(step, per_epoch)
-            with r.phase("train"):
-                order = run.shuffled(pairs, s.seed, "order", t, epoch)
-                batch = order[at * s.batch_size:(at + 1) * s.batch_size]
-                metrics = gradient_step(net, forward, optimizer, batch, s,
-                                        kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
-            bar.update()
-            if not math.isfinite(metrics["loss"]):
-                raise run.UserError(f"the loss is {metrics['loss']} at iteration {t}, step {step + 1}: stopped, "
-                                    f"the last good checkpoint is {pi_t}; "
-                                    "lower --lr or --eta, or use --dtype float32")
-            r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1, **metrics, **statistics})
-            if (step + 1) % s.print_every == 0:
-                r.say(f"iteration {t}, step {step + 1}/{steps}: loss {metrics['loss']:.2f}, "
-                      f"log-ratio of winners {metrics['logratio_w']:+.2f}, of losers {metrics['logratio_l']:+.2f}, "
-                      f"gradient norm {metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
-
-            # -- choose the checkpoint on validation prompts (5.1), at the end of every epoch --------------------------
-            if at == per_epoch - 1:
-                with r.phase("validate"):
-                    rate, error = validation_win_rate(net, chat, judge, validation, base["validation"], s, shard)
+        first_epoch, first_batch = divmod(state["step"], per_epoch)
+        for epoch in range(first_epoch, s.epochs):
+            order = run.shuffled(pairs, s.seed, "order", t, epoch)
+            for i in range(first_batch if epoch == first_epoch else 0, per_epoch):
+                step = epoch * per_epoch + i
+                with r.phase("train"):
+                    metrics = gradient_step(net, forward, optimizer, order[i * s.batch_size:(i + 1) * s.batch_size], s,
+                                            kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
+                bar.update()
+                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                    raise run.UserError(f"iteration {t}, step {step + 1}: the loss is {metrics['loss']}, its gradient's "
+                                        f"norm {metrics['grad_norm']}; stopped, the last good checkpoint is {pi_t}; "
+                                        "lower --lr or --eta, or use --dtype float32")
                 r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
-                                          "validation_win_rate": rate, "validation_win_rate_se": error})
-                r.say(f"iteration {t}, epoch {epoch + 1}/{s.epochs}: "
-                      f"validation win rate against the base {rate:.3f} ±{error:.3f}")
-                if best is None or rate > best["rate"]:
-                    best = {"rate": rate, "epoch": epoch + 1}
-                    if rank == 0:
-                        net.save_pretrained(r.path(f"iter-{t}"), chat.tokenizer)
-            if step + 1 < steps and (at == per_epoch - 1 or (s.save_every and (step + 1) % s.save_every == 0)):
-                r.save_state(iteration=t, step=step + 1, best=best, evaluations=evaluations,
+                                          **metrics, **statistics})
+                if (step + 1) % s.print_every == 0:
+                    r.say(f"iteration {t}, step {step + 1}/{steps}: loss {metrics['loss']:.2f}, log-ratio of winners "
+                          f"{metrics['logratio_w']:+.2f}, of losers {metrics['logratio_l']:+.2f}, gradient norm "
+                          f"{metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
+                if s.save_every and (step + 1) % s.save_every == 0 and i + 1 < per_epoch:
+                    r.save_state(iteration=t, sampled=t, step=step + 1, best=best, evaluations=evaluations,
+                                 weights=net.state_dict(), optimizer=optimizer.state_dict())
+
+            # choose the checkpoint on validation prompts (5.1): the best epoch so far is pi_{t+1}
+            with r.phase("validate"):
+                rate, error = validation_win_rate(net, chat, judge, validation, base["validation"], s, shard)
+            r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
+                                      "validation_win_rate": rate, "validation_win_rate_se": error})
+            r.say(f"iteration {t}, epoch {epoch + 1}/{s.epochs}: validation win rate against the base "
+                  f"{rate:.3f} ±{error:.3f}")
+            if best is None or rate > best["rate"]:
+                best = {"rate": rate, "epoch": epoch + 1}
+                if rank == 0:
+                    net.save_pretrained(r.path(f"iter-{t}"), chat.tokenizer)
+            if epoch + 1 < s.epochs:
+                r.save_state(iteration=t, sampled=t, step=step + 1, best=best, evaluations=evaluations,
                              weights=net.state_dict(), optimizer=optimizer.state_dict())
         bar.close()
 

@@ -70,8 +70,10 @@ Tell a two-line story about a lost key.
 Classify the sentiment: "The soup was cold, but the waiter was lovely."
 What are the primary colours of light, and what are those of paint?""".splitlines()
 
-LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-                   " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
+                   "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}<|eot_id|>"
+                   "{% endfor %}{% if add_generation_prompt %}"
+                   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
 @pytest.fixture
@@ -113,22 +115,28 @@ def bpe(special, **post):
 
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory):
-    """A random checkpoint that is Llama 3 in everything but size: grouped queries, scaled RoPE, untied head, byte-level BPE,
-    a tokenizer that prepends BOS to plain text, a chat template that writes BOS itself, two end tokens."""
+    """A random checkpoint that is Llama 3 in everything but size: grouped queries, scaled RoPE, untied head,
+    byte-level BPE, a tokenizer that prepends BOS to plain text, a chat template that writes BOS itself, two end
+    tokens."""
     import transformers
 
     directory = str(tmp_path_factory.mktemp("llama3") / "checkpoint")
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     core = bpe(special, single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[0], eos_token=special[4], chat_template=LLAMA3_TEMPLATE,
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[0], eos_token=special[4],
+                                         chat_template=LLAMA3_TEMPLATE,
                                          clean_up_tokenization_spaces=False).save_pretrained(directory)
     torch.manual_seed(0)
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}
     net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=core.get_vocab_size(), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, rope_parameters=rope, tie_word_embeddings=False, bos_token_id=0, eos_token_id=[1, 4]))
-    with torch.no_grad():  # logits of spread 1, the end tokens' of spread 2: about half of the answers end within 24 tokens
+        vocab_size=core.get_vocab_size(), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, rope_parameters=rope, tie_word_embeddings=False, bos_token_id=0,
+        eos_token_id=[1, 4]))
+    # logits of spread 1, the end tokens' of spread 2: about half of the answers end within 24 tokens
+    with torch.no_grad():
         net.lm_head.weight.mul_(8)
         net.lm_head.weight[[1, 4]] *= 2
     net.generation_config.eos_token_id = [1, 4]
@@ -143,11 +151,14 @@ def pairrm(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("judge") / "pairrm"
     directory.mkdir()
-    core = bpe(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *MARKERS], single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    core = bpe(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *MARKERS], single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1),
+        ("[SEP]", 2)])
     core.save(f"{directory}/tokenizer.json")
-    write_json(f"{directory}/tokenizer_config.json", {"sep_token": "[SEP]", "cls_token": "[CLS]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
+    write_json(f"{directory}/tokenizer_config.json", {"sep_token": "[SEP]", "cls_token": "[CLS]", "pad_token": "[PAD]",
+                                                      "unk_token": "[UNK]"})
     size = core.get_vocab_size()
-    ids = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"), map(core.token_to_id, MARKERS)))
+    ids = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"),
+                   map(core.token_to_id, MARKERS)))
     write_json(f"{directory}/config.json", {**CONFIG, **HF_KEYS, **ids, "vocab_size": size})
     write_weights(directory, *reference_net(vocab_size=size))
     return str(directory)

@@ -1,0 +1,328 @@
+"""What a person gets wrong: exit status 2, one sentence on stderr that names the flag or the file, no traceback, and
+nothing half-written in --out. Everything goes through the commands themselves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval
+import kernels
+import model
+import run
+import sppo
+from conftest import PROMPTS, ROOT
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+SMALL = ("--iterations 1 --prompts-per-iteration 8 --k 3 --epochs 1 --batch-size 4 --validation-prompts 6 "
+         "--test-prompts 6 --max-new-tokens 8 --max-prompt-tokens 0 --device cpu").split()
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """complaint(argv) -> the one line on stderr of `python sppo.py argv` (or another script's main), after the checks
+    that hold for all."""
+    def call(argv, main=sppo.main, out="out"):
+        before = tree(out)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run.main(main)
+        error = capsys.readouterr().err
+        said = [line for line in error.splitlines() if "error: " in line]
+        assert end.value.code == 2 and len(said) == 1 and "Traceback" not in error, error
+        assert tree(out) == before  # nothing half-written
+        return said[0]
+    return call
+
+
+def tree(directory):
+    return {os.path.join(where, name): os.path.getsize(os.path.join(where, name)) for where, _,
+            names in os.walk(directory) for name in names}
+
+
+@pytest.fixture
+def real(llama3, pairrm, prompts_file):
+    """Flags of a run on `llama3` that works; a later flag overrides an earlier one."""
+    return ["--model", llama3, "--judge", f"pairrm:{pairrm}", "--prompts", prompts_file, *SMALL, "--out", "out"]
+
+
+@pytest.fixture
+def tiny(base):
+    """Flags of a run on the embedded world that works."""
+    return ["--model", base, *SMALL, "--out", "out"]
+
+
+@pytest.fixture
+def broken(llama3):
+    """broken(change) -> the directory of a copy of `llama3` after change(directory)."""
+    def copy(change):
+        shutil.copytree(llama3, "broken")
+        change("broken")
+        return "broken"
+    return copy
+
+
+def edit(name, **values):
+    def change(directory):
+        path = os.path.join(directory, name)
+        raw = json.load(open(path))
+        with open(path, "w") as file:
+            json.dump({k: v for k, v in (raw | values).items() if v is not None}, file)
+    return change
+
+
+def weights(change):
+    def edited(directory):
+        tensors = load_file(f"{directory}/model.safetensors")
+        change(tensors)
+        save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
+    return edited
+
+
+def written(name, text):
+    with open(name, "w") as file:
+        file.write(text)
+    return name
+
+
+def test_the_flags_used_here_work(tiny, real):
+    """Otherwise the tests below might pass for the wrong reason."""
+    for flags in (tiny, real):
+        sppo.main([*flags, "--overwrite"])
+        assert os.path.exists("out/summary.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("missing.jsonl", None, "No such file"), ("empty.jsonl", "", "no prompts"), ("blank.txt", "\n \n", "no prompts"),
+    ("cut.jsonl", '{"prompt": "a"}\n{"prompt": "b\n', "line 2"), ("column.jsonl", '{"question": "a"}\n', "line 1"),
+    ("numbers.json", '[{"prompt": 3}]', "entry 1"), ("input.jsonl", '{"instruction": "a", "input": ["b"]}\n',
+                                                     "line 1"), ("list.json", "{}", "no prompts")])
+def test_prompts_files(real, complaint, name, text, says):
+    if text is not None:
+        written(name, text)
+    line = complaint([*real, "--prompts", name])
+    assert f"--prompts {name}" in line and says in line
+
+
+def test_too_few_prompts(real, complaint):
+    assert "--prompts-per-iteration 100" in complaint([*real, "--prompts-per-iteration", "100"])
+
+
+def test_a_prompt_longer_than_the_context(real, complaint):
+    name = written("long.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in [*PROMPTS, "Repeat after me: "
+        + "la di da " * 300]))
+    line = complaint([*real, "--prompts", name, "--prompts-per-iteration", "29"])  # all 41 are used: 29 + 6 + 6
+    assert "Repeat after me" in line and "context 512" in line and "--max-new-tokens" in line
+
+
+def test_a_prompt_longer_than_the_flag_allows(real, complaint):
+    assert "only 5 are allowed" in complaint([*real, "--max-prompt-tokens", "5"])
+
+
+def test_an_answer_longer_than_the_context(tiny, complaint):
+    assert "--max-new-tokens 500" in complaint([*tiny, "--max-new-tokens", "500"])
+
+
+def test_prompts_without_a_model(real, complaint):
+    assert "--model" in complaint([*real, "--model", ""])
+
+
+def test_a_model_without_prompts(real, complaint):
+    line = complaint([*real, "--prompts", "", "--judge", "oracle"])
+    assert "--prompts" in line and "--model" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.mark.parametrize("change, says", [
+    (edit("config.json", model_type="gpt2"), ["config.json", "'gpt2'"]),
+    (edit("config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
+    (edit("config.json", vocab_size=None), ["config.json", "vocab_size"]),
+    (edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["config.json", "'yarn'"]),
+    (edit("config.json", intermediate_size=95), ["model.safetensors", "mlp", "96", "95"]),
+    (lambda d: written(f"{d}/config.json", "{"), ["config.json", "JSON"]),
+    (lambda d: os.remove(f"{d}/config.json"), ["config.json", "does not exist"]),
+    (lambda d: os.remove(f"{d}/model.safetensors"), ["model.safetensors", "missing"]),
+    (lambda d: os.truncate(f"{d}/model.safetensors", os.path.getsize(f"{d}/model.safetensors") - 1000),
+     ["model.safetensors", "truncated"]),
+    (lambda d: os.truncate(f"{d}/model.safetensors", 5), ["model.safetensors", "truncated"]),
+    (weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), ["model.layers.1.mlp.up_proj.weight",
+                                                                     "incomplete"]),
+    (weights(lambda w: w.update({"model.norm.weight": torch.ones(47)})), ["model.norm.weight", "[47]", "[48]"]),
+    (weights(lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 48)})),
+     ["model.layers.2.mlp.up_proj.weight"]),
+    (lambda d: os.remove(f"{d}/chat_template.jinja"), ["chat template", "chat_template.jinja"]),
+    (lambda d: [os.remove(f"{d}/{name}") for name in ("tokenizer.json", "tokenizer_config.json")], ["tokenizer"]),
+    (lambda d: written(f"{d}/tokenizer.json", "{"), ["tokenizer"]),
+])
+def test_models(real, complaint, broken, change, says):
+    path = broken(change)
+    line = complaint([*real, "--model", path])
+    assert path in line and all(word in line for word in says)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nobody/no-such-model"])
+def test_models_that_are_not_there(real, complaint, name):
+    assert name in complaint([*real, "--model", name])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(real, complaint, broken):
+    """Its last ids would index past the embedding, with a traceback in the middle of the run."""
+    def shrink(directory):
+        edit("config.json", vocab_size=300)(directory)
+        weights(lambda w: w.update({name: w[name][:300].clone() for name in ("model.embed_tokens.weight",
+            "lm_head.weight")}))(directory)
+
+    path = broken(shrink)
+    assert path in complaint([*real, "--model", path])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judges
+
+
+@pytest.mark.parametrize("judge", ["gpt-4", "pairrm:", "pairrm:./nowhere", "pairrm:nobody/no-such-judge"])
+def test_judges(real, complaint, judge):
+    line = complaint([*real, "--judge", judge])
+    assert judge.partition("./")[2] in line and (judge in line or "nowhere" in line or "no-such-judge" in line)
+
+
+def test_unknown_layout_of_a_pairrm(real, complaint, llama3):
+    assert f"{llama3}/config.json" in complaint([*real, "--judge", f"pairrm:{llama3}"])
+
+
+def test_the_oracle_cannot_judge_prose(real, complaint):
+    assert "--judge pairrm:" in complaint([*real, "--judge", "oracle"])
+    assert "--judge pairrm:" in complaint([*real, "--judge", ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+
+@pytest.mark.parametrize("flags", [
+    "--k 1", "--k 0", "--eta 0", "--eta -20", "--eta nan", "--eta inf", "--temperature -1", "--temperature 0",
+    "--temperature nan", "--top-p 0", "--top-p 1.5",
+    "--top-p nan", "--top-k -1", "--lr 0", "--lr nan", "--lr inf", "--warmup 2", "--warmup nan", "--clip -1",
+    "--weight-decay -1", "--batch-size 0",
+    "--micro-batch 0", "--iterations 0", "--prompts-per-iteration -5", "--epochs 0", "--max-new-tokens 0",
+    "--max-rows 0", "--validation-prompts 0",
+    "--test-prompts 0", "--print-every 0", "--save-every -1", "--device abacus"])
+def test_numbers_that_make_no_sense(tiny, complaint, flags):
+    line = complaint([*tiny, *flags.split()])
+    assert flags.split()[0] in line
+
+
+@pytest.mark.parametrize("flags", ["--nonsense 1", "--bat 4", "--k two", "--estimator mean", "--optimizer sgd",
+                                   "--dtype float16", "--lr", "stray"])
+def test_flags_that_are_none(tiny, complaint, flags):
+    assert flags.split()[0] in complaint([*tiny, *flags.split()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --out
+
+
+def test_a_directory_that_cannot_be_made(tiny, complaint):
+    written("file", "")
+    assert "--out file/run" in complaint([*tiny, "--out", "file/run"], out="file")
+    assert "--out file" in complaint([*tiny, "--out", "file"], out="file")
+
+
+def test_a_directory_with_another_run(tiny, complaint):
+    sppo.main(tiny)
+    line = complaint(tiny)
+    assert "--out out" in line and "--resume" in line and "--overwrite" in line
+    line = complaint([*tiny, "--resume", "--eta", "21"])
+    assert "--eta" in line and "20" in line and "21" in line
+
+
+def test_overwrite_does_not_delete_what_is_no_run(tiny, complaint, base):
+    """--out at a checkpoint, which has a config.json as a run has, must not delete the weights."""
+    os.mkdir("out")
+    written("out/thesis.tex", "years of work")
+    assert "--out out" in complaint([*tiny, "--overwrite"])
+    shutil.copytree(base, "weights")
+    assert "--out weights" in complaint([*tiny, "--overwrite", "--out", "weights"], out="weights")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a loss that is not finite
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(what, tiny, monkeypatch, capsys):
+    """In the second iteration: the message names iteration and step, and the first iteration's checkpoint is good. A
+    gradient can overflow under a finite loss; one more step would then write NaN into every weight."""
+    real_loss, calls = kernels.sppo_loss, []
+
+    def sppo_loss(logratio, p, eta):
+        calls.append(1)
+        loss = real_loss(logratio, p, eta)
+        if len(calls) != 4:  # 8 prompts in batches of 4: the second step of the second iteration
+            return loss
+        if what == "gradient":
+            loss.register_hook(lambda grad: grad * float("inf"))
+            return loss
+        return loss * float("nan")
+
+    monkeypatch.setattr(kernels, "sppo_loss", sppo_loss)
+    monkeypatch.setattr(sys, "argv", ["sppo.py", *tiny, "--iterations", "2"])
+    with pytest.raises(SystemExit) as end:
+        run.main(sppo.main)
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert end.value.code == 2 and len(error) == 1 and "iteration 2, step 2" in error[0] and "out/iter-1" in error[0]
+    assert "--lr" in error[0]
+    net = model.Transformer.from_pretrained("out/iter-1")
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert not os.path.exists("out/iter-2") and not os.path.exists("out/summary.json")
+    # valid JSON, no NaN
+    assert [json.loads(line)["step"] for line in open("out/metrics.jsonl") if '"loss"' in line] == [1, 2, 1]
+
+
+def test_an_absurd_learning_rate_ends_in_one_sentence(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sppo.py", *tiny, "--lr", "1e30", "--epochs", "2", "--max-new-tokens", "4"])
+    with pytest.raises(SystemExit) as end:
+        run.main(sppo.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("error: ") == 1 and "Traceback" not in error and "--lr" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py, and the scripts as processes
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("winrate", "--model"), ("winrate --model {base}", "--vs"), ("winrate --model {base} --vs ./nowhere", "./nowhere"),
+    ("winrate --model {base} --vs {base} --judge gpt-4", "--judge"), ("winrate --model {base} --vs {base} --top-p 0",
+                                                                      "--top-p"),
+    ("winrate --model {base} --vs {base} --temperature -1", "--temperature"),
+    ("winrate --model {base} --vs {base} --prompts p.jsonl", "--judge"),
+    ("winrate --model {base} --vs {base} --count 0", "--count"),
+    ("winrate --model {base} --vs {base} --max-new-tokens -3", "--max-new-tokens"),
+    ("winrate --model {base} --vs {base} --nonsense 1", "--nonsense"),
+    ("winrate --model {llama3} --vs {base} --count 9", "--prompts"), ("plot", "plot"),
+    ("plot nowhere", "nowhere/summary.json"), ("fight", "fight")])
+def test_eval(complaint, base, llama3, flags, says):
+    assert says in complaint(flags.format(base=base, llama3=llama3).split(), main=eval.main)
+
+
+@pytest.mark.parametrize("script, flags, says", [("sppo.py", ["--k", "1", "--out", "out"], "--k 1"),
+                                                 ("eval.py", ["plot", "nowhere"], "nowhere/summary.json")])
+def test_as_a_process(script, flags, says):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not os.listdir(".")
+    assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1

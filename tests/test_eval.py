@@ -1,0 +1,314 @@
+"""eval.py: prompts files, chat templates, verdicts by hand, the base against itself, the table, the picture, the
+commands."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+import eval
+import prefmodel
+import run
+import world
+from conftest import PROMPTS
+from run import UserError
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts files
+
+
+def file(name, content):
+    with open(name, "w", encoding="utf-8") as f:
+        f.write(content)
+    return name
+
+
+def rows(*values):
+    return "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+
+
+@pytest.mark.parametrize("row, prompt", [
+    ({"prompt": "Say hi.", "id": 3}, "Say hi."),
+    ({"instruction": "Say hi."}, "Say hi."),
+    ({"instruction": "Translate.", "input": "hi", "output": "salut"}, "Translate.\n\nhi"),
+    ({"instruction": "Say hi.", "input": ""}, "Say hi."),
+    ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi."}]}, "Say hi."),
+    ({"messages": [{"role": "user", "content": "One."}, {"role": "assistant", "content": "1"},
+                   {"role": "user", "content": "Two."}]}, "Two."),
+    ({"prompt": " indented,\n\ntwo paragraphs \U0001f600 é "}, " indented,\n\ntwo paragraphs \U0001f600 é "),
+])
+def test_every_layout_of_a_row(row, prompt):
+    assert eval.read_prompts(file("p.jsonl", rows(row, {"prompt": "Another."}))) == [prompt, "Another."]
+    assert eval.read_prompts(file("p.json", json.dumps([row, {"prompt": "Another."}]))) == [prompt, "Another."]
+
+
+def test_text_files_order_and_duplicates():
+    assert eval.read_prompts(file("p.txt", "b\n\na\nb\n  \nc None d\n")) == ["b", "a", "c None d"]
+    assert eval.read_prompts(file("p.jsonl", "\n" + rows({"prompt": "b"}, {"instruction": "a"}, {"prompt": "b"})
+                                  + "\n")) == ["b", "a"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_newline_ends_a_line(separator):
+    """str.splitlines also cuts at Unicode's line separators, which real instruction sets hold unescaped inside JSON
+    strings."""
+    prompts = [f"first{separator}half", "second"]
+    assert eval.read_prompts(file("p.jsonl", rows(*({"prompt": p} for p in prompts)))) == prompts
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("p.jsonl", rows({"prompt": "a"}) + '{"prompt": "b"\n', "line 2"), ("p.jsonl", '\n\n{"prompt": 3}\n', "line 3"),
+    ("p.jsonl", "[1]\n", "line 1"),
+    ("p.jsonl", rows({"text": "a"}), "`prompt`"), ("p.jsonl", rows({"prompt": "  "}), "line 1"),
+    ("p.jsonl", rows({"messages": "a"}), "line 1"),
+    ("p.jsonl", rows({"messages": [{"role": "assistant", "content": "a"}]}), "line 1"),
+    ("p.jsonl", rows({"instruction": "a", "input": 5}), "line 1"),
+    ("p.json", "[", "JSON"), ("p.json", "7", "JSON"), ("p.json", '[{"prompt": "a"}, {"text": "b"}]', "entry 2"),
+    ("p.json", '{"prompt": "a"}', "p.json"),
+    ("p.jsonl", "", "no prompts"), ("p.txt", " \n\n", "no prompts"), ("p.json", "[]", "no prompts")])
+def test_bad_prompts_files(name, content, says):
+    with pytest.raises(UserError) as error:
+        eval.read_prompts(file(name, content))
+    assert f"--prompts {name}" in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_text():
+    with open("p.jsonl", "wb") as f:
+        f.write(b"\xff\xfe\x00")
+    os.mkdir("d.jsonl")
+    for name, says in (("p.jsonl", "UTF-8"), ("d.jsonl", "directory"), ("missing.jsonl", "No such file")):
+        with pytest.raises(UserError, match=f"--prompts {name} cannot be read .*{says}"):
+            eval.read_prompts(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat
+
+
+@pytest.fixture(scope="module")
+def chat(llama3):
+    return eval.load(llama3, "cpu", torch.float32)[1]
+
+
+def test_one_bos_and_the_assistants_header(chat):
+    """The official code doubled BOS (this tokenizer, like Llama 3's, prepends one to plain text, and the template
+    writes one) and lost the header through a misspelt add_generation_prompt."""
+    token = chat.tokenizer.convert_tokens_to_ids
+    assert chat.tokenizer("plain")["input_ids"][0] == token("<|begin_of_text|>")
+    header = [token("<|start_header_id|>"), *chat.tokenizer.encode("assistant", add_special_tokens=False),
+              token("<|end_header_id|>"),
+              *chat.tokenizer.encode("\n\n", add_special_tokens=False)]
+    for prompt in PROMPTS:
+        ids = chat.encode(prompt)
+        assert ids[0] == token("<|begin_of_text|>") and ids.count(ids[0]) == 1 and ids[-len(header):] == header
+        assert ids.count(token("<|eot_id|>")) == 1 and ids.count(token("<|start_header_id|>")) == 2
+
+
+def test_the_prompt_arrives_whole(chat):
+    """The official code split its template at the word "None" and cut prompts that contain it."""
+    assert sum("None" in p for p in PROMPTS) == 2
+    for prompt in PROMPTS:
+        text = chat.tokenizer.decode(chat.encode(prompt))
+        assert text == (f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
+                        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_stop_ids_come_from_every_place(llama3, base):
+    """Llama 3 stops at two tokens, of which the tokenizer names one; missing one lets answers run on past their end."""
+    shutil.copytree(llama3, "copy")
+
+    def stop_ids(generation, config):
+        for name, value in (("generation_config.json", generation), ("config.json", config)):
+            raw = json.load(open(f"{llama3}/{name}")) | {"eos_token_id": value}
+            file(f"copy/{name}", json.dumps({k: v for k, v in raw.items() if v is not None}))
+        return eval.load("copy", "cpu", torch.float32)[1].stop_ids
+
+    # 4 is the tokenizer's
+    assert stop_ids([1, 3], 2) == (1, 3, 4) and stop_ids([4], 2) == (4,) and stop_ids(1, 2) == (1, 4)
+    assert stop_ids(None, [1, 2]) == (1, 2, 4) and stop_ids(None, None) == (4,)
+    assert eval.load(base, "cpu", torch.float32)[1].stop_ids == (5,)
+
+
+def test_answers_are_decoded_without_special_tokens(chat):
+    assert chat.decode([*chat.tokenizer.encode(" A lighthouse. ", add_special_tokens=False), 4]) == "A lighthouse."
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_and_the_longest_that_fits_is_not(chat):
+    ids = chat.encode_all(PROMPTS, 0, 24)
+    longest = max(map(len, ids))
+    assert ids == [chat.encode(p) for p in PROMPTS]
+    assert ids == chat.encode_all(PROMPTS, longest, 24) == chat.encode_all(PROMPTS, 0, 512 - longest)
+    for limits in ((longest - 1, 24), (0, 512 - longest + 1)):
+        with pytest.raises(UserError,
+                           match=f"has {longest} tokens and only {longest - 1} are allowed.*--max-new-tokens"):
+            chat.encode_all(PROMPTS, *limits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# head to head
+
+
+class Longer:
+    """A judge that prefers the longer answer."""
+    name = "longer"
+
+    def preference(self, prompts, responses):
+        n = torch.tensor([[float(len(r)) for r in row] for row in responses])
+        return prefmodel.bradley_terry(n)
+
+
+def test_verdicts_by_hand():
+    """One answer against four: longer, shorter, equal, equal -> (1 + 0 + 1/2 + 1/2) / 4. Two against two: all four
+    pairs."""
+    ours, theirs = [["bbb"], ["b"]], [["a", "aaaa", "aaa", "aaa"], ["aa", "aa", "aa", "a"]]
+    assert eval.verdicts(Longer(), ["x", "y"], ours, theirs).tolist() == [0.5, 0.125]
+    assert eval.verdicts(Longer(), ["x"], [["aa", "aaaa"]], [["a", "aaaa"]]).tolist() == [(1 + 0 + 1 + 0.5) / 4]
+    assert eval.verdicts(Longer(), ["x"], [["aaaa"]], [["a"]]).tolist() == [1.0]
+
+
+def test_verdicts_are_hard():
+    """A judge that is sure and one that is hardly so count the same."""
+    class Barely:
+        name = "barely"
+
+        def preference(self, prompts, responses):
+            return 0.5 + (Longer().preference(prompts, responses) - 0.5) * 1e-4
+
+    assert eval.verdicts(Barely(), ["x"], [["bb"]], [["a", "aaa"]]).tolist() == [0.5]
+    assert eval.verdicts(Barely(), ["x"], [["bb"]], [["a", "a"]]).tolist() == [1.0]
+
+
+def test_mean_and_error_by_hand():
+    mean, error = eval.mean_and_error(torch.tensor([1.0, 0.0, 0.5, 1.0]))
+    assert mean == 0.625 and error == pytest.approx(math.sqrt((2 * 0.375**2 + 0.625**2 + 0.125**2) / 3 / 4))
+    mean, error = eval.mean_and_error(torch.tensor([0.25]))
+    assert mean == 0.25 and math.isnan(error)
+
+
+def test_exact():
+    judge, prompts = prefmodel.load("oracle"), ["sort:ba", "reverse:abc", "copy:aa", "copy:hh"]
+    assert eval.exact(judge, prompts, [["ab"], ["cba"], ["ab"], ["hh"]]) == 0.75
+    assert eval.exact(Longer(), prompts, [["ab"]] * 4) is None
+
+
+SAMPLING = eval.Sampling(24, max_rows=512)
+
+
+@pytest.fixture(scope="module")
+def contest(base):
+    """(net, chat, 400 queries, their ids, the base's answers to them)."""
+    net, chat = eval.load(base, "cpu", torch.float32)
+    prompts = world.queries("test", 400)
+    ids = chat.encode_all(prompts, 0, 24)
+    return net, chat, prompts, ids, eval.opponent(net, chat, ids, SAMPLING, 0)
+
+
+def test_answers_are_drawn_per_place_and_independently(contest):
+    net, chat, prompts, ids, theirs = contest
+    assert [len(group) for group in theirs.sampled] == [4] * 400
+    assert [len(group) for group in theirs.greedy] == [1] * 400
+    texts, length = eval.answer(net, chat, ids[:20], 2, SAMPLING, 7)
+    again, _ = eval.answer(net, chat, ids[10:20], 2, SAMPLING, 17)  # the stream of a prompt is seed + its place
+    assert texts[10:] == again and texts != eval.answer(net, chat, ids[:20], 2, SAMPLING, 8)[0]
+    greedy, _ = eval.answer(net, chat, ids[:20], 1, SAMPLING, 99, greedy=True)
+    assert greedy == theirs.greedy[:20]
+    one, length = eval.answer(net, chat, ids[:1], 1, eval.Sampling(2), 0, greedy=True)
+    assert length <= 2 and len(one[0][0]) <= 2
+
+
+def test_the_base_against_itself_is_even(contest):
+    """Two independent draws: within 4 standard errors of 1/2 (odds of a chance failure 6e-5; the seed is fixed).
+    Greedy against itself is exactly 1/2. Were the same samples drawn twice, every pair with itself would tie and the
+    error be too small."""
+    net, chat, prompts, ids, theirs = contest
+    judge = prefmodel.load("oracle")
+    row = eval.against(net, chat, prompts, ids, theirs, judge, SAMPLING, 0, "base")
+    assert abs(row["win_rate"] - 0.5) < 4 * row["win_rate_se"] and 0.005 < row["win_rate_se"] < 0.025
+    assert row["win_rate_greedy"] == 0.5 and row["win_rate_greedy_se"] == 0.0 and row["name"] == "base"
+    assert row["prompts"] == 400
+    assert row["accuracy_greedy"] == eval.exact(judge, prompts, theirs.greedy) and 2 < row["mean_length"] < 24
+    ours, _ = eval.answer(net, chat, ids, 1, SAMPLING, run.stream(0, "evaluation"))
+    assert sum(a[0] in b for a, b in zip(ours, theirs.sampled)) < 300  # not the opponent's own samples
+
+    sharp = eval.base_greedy_row(row, judge, prompts, theirs)
+    rate, error = eval.mean_and_error(eval.verdicts(judge, prompts, theirs.greedy, theirs.sampled))
+    assert (sharp["win_rate"], sharp["win_rate_se"]) == (rate, error) and sharp["name"] == "base, greedy"
+    assert rate != row["win_rate"]
+    assert sharp["accuracy_sampled"] == sharp["accuracy_greedy"] == row["accuracy_greedy"]
+    assert sharp["mean_length"] == row["mean_length_greedy"]
+    assert row["name"] == "base"  # the given row is not changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table, the picture, the commands
+
+ROW = {"name": "base", "prompts": 4, "win_rate": 0.5, "win_rate_se": 0.014, "win_rate_greedy": 0.5,
+       "win_rate_greedy_se": 0.0, "accuracy_sampled": 0.25,
+       "accuracy_greedy": 0.375, "mean_length": 5.04, "mean_length_greedy": 5.0}
+TRAINED = {**ROW, "name": "iteration 1", "win_rate": 0.61, "accuracy_greedy": 0.75}
+
+
+def test_table():
+    head, first, second = eval.table([ROW, {**TRAINED, "accuracy_sampled": None, "accuracy_greedy": None}]).splitlines()
+    assert head.split() == "win rate greedy vs greedy acc. sampled acc. greedy tokens".split()
+    assert first.split() == ["base", "0.500", "±0.014", "0.500", "±0.000", "0.250", "0.375", "5.0"]
+    assert second.split()[:3] == ["iteration", "1", "0.610"] and second.split()[-3:] == ["-", "-", "5.0"]
+    assert len({len(line) for line in (head, first, second)}) == 1
+
+
+def is_png(path):
+    with open(path, "rb") as f:
+        return f.read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(path) > 5000
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_plot(oracle):
+    blind = {} if oracle else {"accuracy_sampled": None, "accuracy_greedy": None}
+    rows = [{**r, **blind} for r in (ROW, {**ROW, "name": "base, greedy"}, TRAINED)]
+    eval.plot([("SPPO", {"evaluations": rows}), ("other", {"evaluations": rows[:1] + rows[2:]})], "curves.png")
+    assert is_png("curves.png") and os.listdir(".") == ["curves.png"]
+
+
+def test_plot_command(capsys):
+    for name in ("a", "b"):
+        os.mkdir(name)
+        run.write_json(f"{name}/summary.json", {"evaluations": [ROW, {**ROW, "name": "base, greedy"}, TRAINED]})
+    eval.main(["plot", "a/"])
+    assert "wrote a/curves.png" in capsys.readouterr().out and is_png("a/curves.png")
+    eval.main(["plot", "a", "b"])
+    assert "wrote curves.png" in capsys.readouterr().out and is_png("curves.png")
+
+
+def test_winrate_command(base, capsys):
+    eval.main(["winrate", "--model", base, "--vs", base, "--count", "60", "--device", "cpu", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["prompts"] == 60 and abs(row["win_rate"] - 0.5) < 4 * row["win_rate_se"]
+    assert row["win_rate_greedy"] == 0.5
+    eval.main(["winrate", "--model", base, "--vs", base, "--count", "60", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "60 prompts, judge oracle" in text and f"{row['win_rate']:.3f} ±{row['win_rate_se']:.3f}" in text
+
+
+def test_winrate_with_a_prompts_file_and_pairrm(llama3, pairrm, prompts_file, capsys):
+    eval.main(["winrate", "--model", llama3, "--vs", llama3, "--prompts", prompts_file, "--judge", f"pairrm:{pairrm}",
+               "--count", "12",
+               "--max-new-tokens", "8", "--device", "cpu", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["prompts"] == 12 and row["accuracy_greedy"] is None and row["win_rate_greedy"] == 0.5
+    assert 0 < row["mean_length"] <= 8
+
+
+def test_help_and_unknown_commands(capsys):
+    eval.main([])
+    assert "eval.py winrate" in capsys.readouterr().out
+    for argv in (["nonsense"], ["plot"], ["plot", "--flag"], ["plot", "nowhere"], ["winrate"],
+                 ["winrate", "--model", "a"]):
+        with pytest.raises(UserError) as error:
+            eval.main(argv)
+        assert "\n" not in str(error.value)
