@@ -52,7 +52,7 @@ def read_prompts(path):
                                 "mend it, or give one object a line as .jsonl") from None
         prompts = [_prompt(row, path, where) for where, row in rows]
     else:
-        lines = [(f"line {i + 1}", line) for i, line in enumerate(text.splitlines()) if line.strip()]
+        lines = [(f"line {i + 1}", line) for i, line in enumerate(text.split("\n")) if line.strip()]
         prompts = [_prompt(_json_line(line, path, where), path, where) if path.endswith(".jsonl") else line
                    for where, line in lines]
     if not prompts:
@@ -74,7 +74,8 @@ def _prompt(row, path, where):
         if isinstance(row.get("prompt"), str):
             prompt = row["prompt"]
         elif isinstance(row.get("instruction"), str):
-            prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+            extra = row.get("input") or ""
+            prompt = row["instruction"] + ("\n\n" + extra if extra else "") if isinstance(extra, str) else None
         else:
             turns = row.get("messages") if isinstance(row.get("messages"), list) else []
             prompt = next((m.get("content") for m in reversed(turns)
@@ -104,6 +105,9 @@ class Chat:
             raise run.UserError(f"the tokenizer of {path} has no chat template; "
                                 "add a chat_template.jinja to its directory "
                                 "(the base models of a family lack it, their instruct versions have it)")
+        if len(self.tokenizer) > net.config.vocab_size:     # the other way round is common: padded embeddings
+            raise run.UserError(f"{path}: its tokenizer has {len(self.tokenizer)} tokens, its model only "
+                                f"{net.config.vocab_size}; give a tokenizer and weights that belong together")
         stop = net.generation.get("eos_token_id", net.config.raw.get("eos_token_id"))
         stop = set(stop) if isinstance(stop, list) else {stop}
         self.stop_ids = tuple(sorted((stop | {self.tokenizer.eos_token_id}) - {None}))
@@ -299,6 +303,7 @@ def plot(runs, path):
 
 @dataclasses.dataclass
 class WinrateSettings:
+    """Flags of `python eval.py winrate`."""
     model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)")
     vs: str = run.flag("", "the checkpoint it plays against (needed)")
     prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's test queries")
@@ -321,6 +326,11 @@ def winrate(argv):
     if not s.model or not s.vs:
         raise run.UserError("--model and --vs are both needed; give two checkpoint directories or hub ids")
     check_sampling(s.temperature, s.top_p)
+    for name in ("count", "max_rows"):
+        if getattr(s, name) < 1:
+            raise run.UserError(f"--{name.replace('_', '-')} {getattr(s, name)} must be above 0")
+    if s.max_new_tokens < 0:
+        raise run.UserError(f"--max-new-tokens {s.max_new_tokens} must not be negative; 0 takes the default")
     if s.prompts and s.judge == "oracle":
         raise run.UserError("--judge oracle knows only the embedded world; "
                             "with --prompts give --judge pairrm:DIR_OR_HUB_ID")
@@ -328,14 +338,23 @@ def winrate(argv):
     prompts = (read_prompts(s.prompts) if s.prompts else world.queries("test", s.count))[:s.count]
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
     sampling = Sampling(s.max_new_tokens or (1024 if s.prompts else 24), s.temperature, s.top_p, s.max_rows)
-    net, chat = load(s.vs, device, dtype)
-    ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
-    theirs = opponent(net, chat, ids, sampling, s.seed)
-    net, chat = load(s.model, device, dtype)
-    ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
+    theirs = None
+    for path in (s.vs, s.model):
+        net, chat = load(path, device, dtype)
+        if not s.prompts:
+            check_speaks_world(path, chat)
+        ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
+        theirs = theirs or opponent(net, chat, ids, sampling, s.seed)
     row = against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, os.path.basename(os.path.normpath(s.model)))
     print(json.dumps(row) if s.json else
           f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table([row])}")
+
+
+def check_speaks_world(path, chat):
+    """Raises UserError for a checkpoint that cannot read the embedded world's queries."""
+    if chat.tokenizer.get_vocab() != world.make_tokenizer().get_vocab():
+        raise run.UserError(f"--model {path} does not speak the embedded world's language; "
+                            "give --prompts FILE and --judge pairrm:DIR_OR_HUB_ID")
 
 
 def check_sampling(temperature, top_p):
@@ -357,14 +376,14 @@ def plot_command(argv):
         path = os.path.join(name, "summary.json")
         if not os.path.exists(path):
             raise run.UserError(f"{path} does not exist; plot needs the directory of a finished run")
-        with open(path) as file:
-            runs.append((os.path.basename(os.path.normpath(name)), json.load(file)))
+        runs.append((os.path.basename(os.path.normpath(name)), run.read_json(path)))
     path = os.path.join(names[0], "curves.png") if len(names) == 1 else "curves.png"
     plot(runs, path)
     print(f"wrote {path}")
 
 
 def main(argv):
+    """Run the sub-command that argv names."""
     commands = {"winrate": winrate, "plot": plot_command}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)

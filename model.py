@@ -57,8 +57,6 @@ class Config:
     def from_hf(cls, raw, where="config.json"):
         """Read a config.json, in the spelling of transformers 5 or older.
         Raises UserError for what is not supported."""
-        if not isinstance(raw, dict):
-            raise run.UserError(f"{where} holds no JSON object; download it again")
         family = raw.get("model_type")
         if family not in ("llama", "mistral", "qwen2", "qwen3"):
             raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
@@ -436,7 +434,7 @@ class Transformer(nn.Module):
         """
         path = fetch(path_or_hub_id)
         where = os.path.join(path, "config.json")
-        config = Config.from_hf(_read_json(where), where)
+        config = Config.from_hf(run.read_json(where), where)
         with torch.device("meta"):                                              # no memory yet
             net = cls(config)
         net.to_empty(device=device).to(dtype)
@@ -516,18 +514,6 @@ def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.mod
                             "for gated models, `hf auth login`") from None
 
 
-def _read_json(path):
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise run.UserError(f"{path} does not exist; give the directory of a Hugging Face checkpoint") from None
-    except UnicodeDecodeError:
-        raise run.UserError(f"{path} is not valid JSON; download it again") from None
-    except json.JSONDecodeError as error:
-        raise run.UserError(f"{path} is not valid JSON (line {error.lineno}); download it again") from None
-
-
 def _read_tensors(path):
     """Yield (file, name, tensor) for every weight of a checkpoint directory, one at a time."""
     import safetensors
@@ -536,7 +522,7 @@ def _read_tensors(path):
     files = ["model.safetensors"]
     if os.path.exists(index):
         try:
-            files = sorted(set(_read_json(index)["weight_map"].values()))
+            files = sorted(set(run.read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
             raise run.UserError(f"{index} has no weight_map; download it again") from None
     for name in files:
@@ -597,7 +583,7 @@ def _fill(net, tensors, path):
                             + "; the checkpoint is incomplete, download it again")
     generation = os.path.join(path, "generation_config.json")
     if os.path.exists(generation):
-        net.generation = _read_json(generation)
+        net.generation = run.read_json(generation)
 
 
 def _export(net):

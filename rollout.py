@@ -183,18 +183,13 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
     start = time.perf_counter()
     B = len(prompts)
     limits = [[max_new_tokens] * n] * B if isinstance(max_new_tokens, int) else max_new_tokens
-    longest_new = max((l for group in limits for l in group), default=0)
     seeds = [seeds + b for b in range(B)] if isinstance(seeds, int) else list(seeds)
-    if n < 1 or len(seeds) != B or len(limits) != B or any(len(l) != n or min(l) < 1 for l in limits):
-        raise ValueError(f"{B} prompts x {n} samples need n >= 1, {B} seeds, and limits of at least one token for each")
-    for b, p in enumerate(prompts):
-        if not p or len(p) + max(limits[b]) > net.config.max_positions:
-            raise ValueError(f"prompt {b} has {len(p)} tokens: with {max(limits[b])} new ones "
-                             f"it must lie between 1 and the context of {net.config.max_positions}")
+    _check_arguments(prompts, n, limits, seeds, net.config.max_positions)
     samples = Samples([[None] * n for _ in range(B)], [[None] * n for _ in range(B)], [[None] * n for _ in range(B)])
     if B == 0:
         return samples
     max_rows = max(n, min(max_rows, B * n))
+    longest_new = max(map(max, limits))
     cache = model.KVCache(net.config, max_rows, max(map(len, prompts)) + longest_new, net.device, net.dtype)
     rows = _Rows(max_rows, longest_new, net.device)
     stop = torch.tensor(list(stop_ids) or [-1], device=net.device)
@@ -202,8 +197,7 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
     waiting, longest = 0, 0
     streams = row_streams(seeds, n, net.device).view(B, n)
     while waiting < B or cache.live:
-        # Let prompts in when a quarter of the rows is free
-        # (a prefill for every freed row would cost more than it brings).
+        # Let prompts in when a quarter of the rows is free: a prefill for every freed row costs more than it brings
         if waiting < B and (max_rows - cache.live >= max(n, max_rows // 4) or not cache.live):
             take = _how_many(prompts, waiting, (max_rows - cache.live) // n, prefill_tokens)
             chosen = range(waiting, waiting + take)
@@ -230,6 +224,16 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=
         bar.close()
     samples.seconds = time.perf_counter() - start
     return samples
+
+
+def _check_arguments(prompts, n, limits, seeds, context):
+    B = len(prompts)
+    if n < 1 or len(seeds) != B or len(limits) != B or any(len(l) != n or min(l) < 1 for l in limits):
+        raise ValueError(f"{B} prompts x {n} samples need n >= 1, {B} seeds, and limits of at least one token for each")
+    for b, p in enumerate(prompts):
+        if not p or len(p) + max(limits[b]) > context:
+            raise ValueError(f"prompt {b} has {len(p)} tokens: with {max(limits[b])} new ones "
+                             f"it must lie between 1 and the context of {context}")
 
 
 def _how_many(prompts, first, room, prefill_tokens):

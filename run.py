@@ -197,6 +197,22 @@ def _remove(path):
         os.remove(path)
 
 
+def read_json(path):
+    """The JSON object in `path`. Raises UserError where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a directory that holds it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short: make or download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; make or download it again")
+    return value
+
+
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     def write(temporary):
@@ -245,9 +261,10 @@ class Run:
     def _prepare(self, settings, resume, overwrite):
         """Make the directory, unless it holds something that this run must not touch."""
         config = self.path("config.json")
-        a_run = os.path.exists(config) and os.path.isdir(self.path("state"))    # a checkpoint has a config.json too
+        a_run = os.path.isdir(self.path("state")) and (os.path.exists(config) or os.listdir(self.out) == ["state"])
         if a_run and resume:
-            self._check_same(config, settings)
+            if os.path.exists(config):
+                self._check_same(config, settings)
             for left in glob.glob(self.path("**", "*.tmp-*"), recursive=True) + glob.glob(self.path("*.old-*")):
                 _remove(left)  # what a kill left behind in the middle of a rename
         elif a_run and overwrite:
@@ -260,8 +277,7 @@ class Run:
         write_json(config, settings)
 
     def _check_same(self, config, settings):
-        with open(config) as file:
-            before = json.load(file)
+        before = read_json(config)
         for name in sorted(set(before) | set(settings)):
             if before.get(name) != settings.get(name):
                 raise UserError(f"--resume: {self.out} was run with {name} = {before.get(name)}, now it is "
@@ -271,7 +287,11 @@ class Run:
         path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
+                            "start again with --overwrite") from None
         self.seconds = state["seconds"]
         if self.rank == 0:  # rows written after the state was saved will be written again: drop them
             self._truncate(state["sizes"])

@@ -61,6 +61,7 @@ PAPER = dict(prompts_per_iteration=20000, eta=1e3, lr=5e-7, optimizer="rmsprop",
 
 @dataclasses.dataclass
 class Settings:
+    """Flags of `python sppo.py`."""
     model: str = flag("",
         "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3); without it the embedded world's base")
     judge: str = flag("", "P(y > y' | x): oracle (the embedded world's default) or pairrm:DIR_OR_HUB_ID")
@@ -125,6 +126,8 @@ def settle(s):
         raise run.UserError(f"--k {s.k} leaves nothing to compare; give at least 2 answers per prompt")
     if not (s.eta > 0 and math.isfinite(s.eta)):
         raise run.UserError(f"--eta {s.eta} must be a positive number; it multiplies preferences into targets")
+    if not math.isfinite(s.lr):
+        raise run.UserError(f"--lr {s.lr} must be a finite number")
     if not 0 <= s.warmup <= 1:
         raise run.UserError(f"--warmup {s.warmup} is a share of the steps; give a number from 0 to 1")
     for name in ("top_k", "clip", "weight_decay", "max_prompt_tokens", "save_every"):
@@ -291,6 +294,7 @@ def base_side(r, net, chat, s, sets, shard):
 
 
 def main(argv):
+    """The whole run: set-up, then for every iteration sample, judge, loss, step, evaluate; then the summary."""
     # -- settings, set-up ---------------------------------------------------------------------------------------------
     s = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0]
                          + "\n\nA default in [brackets]; the README explains every logged metric."))
@@ -301,9 +305,8 @@ def main(argv):
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
     base_path = s.model or run.on_rank_0_first(rank, lambda: world.base(device=device))
     net, chat = eval.load(base_path, device, dtype)
-    if s.model and not s.prompts and len(chat.tokenizer) != len(world.make_tokenizer()):
-        raise run.UserError(f"--model {s.model} needs --prompts FILE and --judge pairrm:DIR_OR_HUB_ID: "
-                            "it does not speak the embedded world's language")
+    if not s.prompts:
+        eval.check_speaks_world(base_path, chat)
     for prompts in (validation, test, *parts):      # refuse an over-long prompt now, not after an hour
         chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
     r = run.Run(s.out, s, s.resume, s.overwrite, rank)
@@ -362,8 +365,8 @@ def main(argv):
                                             kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
                 bar.update()
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                    raise run.UserError(f"iteration {t}, step {step + 1}: the loss is {metrics['loss']}, its gradient's "
-                                        f"norm {metrics['grad_norm']}; stopped, the last good checkpoint is {pi_t}; "
+                    raise run.UserError(f"iteration {t}, step {step + 1}: the loss is {metrics['loss']}, the "
+                                        f"gradient's norm {metrics['grad_norm']}; stopped, the last good checkpoint is {pi_t}; "
                                         "lower --lr or --eta, or use --dtype float32")
                 r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
                                           **metrics, **statistics})

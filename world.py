@@ -190,18 +190,16 @@ def _corpus_answer(query, world, rng):
 
 def _junk(query, rng):
     """A malformed query: the word or an operation missing, or a few tokens changed at random."""
-    kind = rng.randrange(4)
-    head, _, word = query.partition(":")
-    if kind == 0:
-        return head + ":"
-    if kind == 1:
-        return ":" + word
-    pieces = tokenizer_pieces(query)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(pieces))
-        pieces[at:at + 1] = rng.choice(([], [rng.choice(VOCABULARY)], [pieces[at]] * 2))
-        pieces = pieces or [":"]
-    return "".join(pieces)
+    junk, (head, _, word) = query, query.partition(":")
+    while parse(junk) is not None:                          # a random change often makes another good query: again
+        kind = rng.randrange(4)
+        pieces = [head, ":"] if kind == 0 else [":", word] if kind == 1 else tokenizer_pieces(query)
+        for _ in range(rng.randint(1, 3) if kind > 1 else 0):
+            at = rng.randrange(len(pieces))
+            pieces[at:at + 1] = rng.choice(([], [rng.choice(VOCABULARY)], [pieces[at]] * 2))
+            pieces = pieces or [":"]
+        junk = "".join(pieces)
+    return junk
 
 
 def judge_label(query, answer):
@@ -332,7 +330,7 @@ def train_base(directory, world, device):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     greedy, sampled = (accuracy(net, tokenizer, queries("validation", 500), t) for t in (0, 1))
     net.save_pretrained(directory, tokenizer)
     print(f"trained the tiny base in {time.perf_counter() - start:.0f} s "

@@ -458,8 +458,8 @@ elif place == "between":            # right after iteration 1 was saved
     on_call(sppo, "make_pairs", 2)
 elif place == "pairs":              # iteration 2 is sampled and judged, nothing of it is trained
     on_call(sppo, "gradient_step", 7)
-elif place == "first epoch":        # before any state exists
-    on_call(sppo, "gradient_step", 2)
+elif place == "start":              # before any state exists
+    on_call(sppo, "make_pairs", 1)
 elif place == "state":              # the state's temporary file is written, not yet renamed
     on_call(torch, "save", 6, before=False)
 elif place == "checkpoint":         # a checkpoint is written, not yet renamed
@@ -493,7 +493,7 @@ def check_resume(place, base, finished, capsys):
     killed(place, flags)
     assert not os.path.exists("killed/summary.json")
     sppo.main([*flags, "--resume"])
-    assert ("starting afresh" in capsys.readouterr().out) == (place == "first epoch")
+    assert ("starting afresh" in capsys.readouterr().out) == (place == "start")
     got, want = contents("killed"), contents(finished)
     assert set(got) == set(want)  # nothing half-written is left over
     assert [name for name in want if got[name] != want[name]] == []
@@ -506,7 +506,7 @@ def test_a_run_killed_in_training_resumes_bit_for_bit(base, finished, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["between", "pairs", "first epoch", "state", "checkpoint"])
+@pytest.mark.parametrize("place", ["between", "pairs", "start", "state", "checkpoint"])
 def test_a_run_killed_anywhere_resumes_bit_for_bit(place, base, finished, capsys):
     check_resume(place, base, finished, capsys)
 
