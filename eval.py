@@ -12,7 +12,8 @@ The measure that every table and summary.json of this project reports, for a mod
 
 Read win_rate with care. A model that has only become *sharper* (its likely answers likelier still) wins it without
 having learned anything: the untrained base, decoded greedily, does. That row therefore stands in every table, and
-learning is claimed from the greedy columns, which sharpening cannot move.
+learning is claimed from the greedy columns, which a lower temperature cannot move. (`python world.py` shows one more
+control: the answer most frequent among 32 samples of the base.)
 """
 
 import dataclasses
@@ -175,15 +176,12 @@ def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0,
 def verdicts(judge, prompts, ours, theirs):
     """Mean verdict per prompt of ours (B lists of m answers) against theirs (B lists of n): [B], in [0, 1].
 
-    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2.
-    Judges of pairs are shown both orders.
+    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2. The judge sees two answers at a
+    time, so that no verdict depends on the others (an aggregating judge's would), and judges of pairs see both orders.
     """
-    m = len(ours[0])
-    if not hasattr(judge, "preference"):
-        raise TypeError("a judge needs .preference")
-    P = judge.preference(prompts, [a + b for a, b in zip(ours, theirs)])[:, :m, m:]
-    hard = (P > 0.5).float() + 0.5 * (P == 0.5).float()
-    return hard.mean((1, 2))
+    games = [(prompt, [a, b]) for prompt, mine, other in zip(prompts, ours, theirs) for a in mine for b in other]
+    P = judge.preference(*map(list, zip(*games)))[:, 0, 1].view(len(prompts), -1)
+    return ((P > 0.5).float() + 0.5 * (P == 0.5).float()).mean(1)
 
 
 def mean_and_error(values):
@@ -344,16 +342,20 @@ def winrate(argv):
         if not s.prompts:
             check_speaks_world(path, chat)
         ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
-        theirs = theirs or opponent(net, chat, ids, sampling, s.seed)
-    row = against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, os.path.basename(os.path.normpath(s.model)))
-    print(json.dumps(row) if s.json else
-          f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table([row])}")
+        if theirs is None:
+            theirs = opponent(net, chat, ids, sampling, s.seed)
+            rows = [against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, "vs")]
+            rows.append({**base_greedy_row(rows[0], judge, prompts, theirs), "name": "vs, greedy"})
+            net = None          # one model in memory at a time
+    rows.append(against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, "model"))
+    print(json.dumps({**rows[-1], "model": s.model, "vs": s.vs, "judge": judge.name}) if s.json else
+          f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table(rows)}")
 
 
 def check_speaks_world(path, chat):
     """Raises UserError for a checkpoint that cannot read the embedded world's queries."""
     if chat.tokenizer.get_vocab() != world.make_tokenizer().get_vocab():
-        raise run.UserError(f"--model {path} does not speak the embedded world's language; "
+        raise run.UserError(f"--model (or --vs) {path} does not speak the embedded world's language; "
                             "give --prompts FILE and --judge pairrm:DIR_OR_HUB_ID")
 
 

@@ -2,7 +2,8 @@
 
 Shapes:  T tokens, H hidden size, V vocabulary.  Everything returned is float32, whatever the model's dtype: a sequence
 log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some
-hundreds, so the last digits of bfloat16 would be the whole signal.
+hundreds, so the last digits of bfloat16 would be the whole signal. One exception: a bfloat16 model's logits are rounded
+to bfloat16 by the matrix product itself, as in every library that multiplies in that type; all that follows is float32.
 
 Why not log_softmax(logits)[target]?  At V = 128,256 and T = 8,192 the float32 logits alone are 4 GB, their softmax for
 the backward pass another 4, and the gradient of the logits a third. None of it is needed at once:
@@ -19,6 +20,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 # One tile of logits is CHUNK_T x CHUNK_V: 16 MB in float32, small enough to stay near the cache, large enough that the
 # matrix products run at full speed. Memory is a few tiles whatever T and V are.
@@ -78,7 +80,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, target, lse = ctx.saved_tensors
         T, V = hidden.shape[0], weight.shape[0]
         need_h, need_w = ctx.needs_input_grad[:2]
-        # The sum over V tiles must not be rounded tile by tile, so hidden's gradient is accumulated in float32.
+        # hidden's gradient is a sum over V tiles: the running sum is float32
         d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_h else None
         d_weight = torch.empty_like(weight) if need_w else None     # each row belongs to one tile: written once
         if T == 0 and need_w:
@@ -167,22 +169,34 @@ class Optimizer:
 
     A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would
     not move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the
-    model. Where it is float32 the master is the weight itself.
+    model; gradients too are summed over micro-batches and ranks in float32. Where the model is float32 the master is
+    the weight itself. With several ranks all average their gradients and then do the same update.
     """
 
     def __init__(self, parameters, name, weight_decay=0.0):
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay),
-                 "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.0, weight_decay=weight_decay)}
+                 # foreach would need one more copy of all weights at a time
+                 "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.0, weight_decay=weight_decay, foreach=False)}
         self.inner = kinds[name](self.masters)
+
+    def collect(self):
+        """Call after every backward: moves a bfloat16 gradient into its float32 sum."""
+        for p, m in zip(self.parameters, self.masters):
+            if m is not p and p.grad is not None:
+                m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+                p.grad = None
 
     def step(self, lr, clip):
         """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it.
         Returns the norm before clipping."""
-        for p, m in zip(self.parameters, self.masters):
-            if m is not p:
-                m.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        self.collect()
+        if dist.is_initialized():
+            for m in self.masters:
+                if m.grad is not None:
+                    dist.all_reduce(m.grad)
+                    m.grad /= dist.get_world_size()
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf))
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -248,15 +262,12 @@ def _peak_megabytes(function, device):
     return status("VmHWM") - before
 
 
-def _seconds(function, device, repeat=3):
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeat // 2]
+def _seconds(function, device):
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _check(device):
@@ -274,7 +285,7 @@ def _check(device):
         mine = [x.to(device, dtype, copy=True).requires_grad_() for x in draw]
         got = linear_logprob(*mine, target)
         (got * coefficient).sum().backward()
-        errors = [float((a.detach().double() - b.detach()).norm() / b.norm())
+        errors = [float((a.detach().double() - b.detach()).norm() / b.detach().norm())
                   for a, b in ((got, want), (mine[0].grad, exact[0].grad), (mine[1].grad, exact[1].grad))]
         ok = all(e < bound for e in errors)              # a NaN fails this comparison
         print(f"{'ok' if ok else 'WRONG'}  {str(dtype)[6:]:9s} relative error against float64: value {errors[0]:.1e}, "
@@ -320,18 +331,20 @@ def _time(T, H, V, dtype, device):
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         peers.append(("torch linear_cross_entropy", torch_builtin))
     print(f"\n{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, T {T}, H {H}, V {V}; "
-          f"d weight alone is {weight.numel() * weight.element_size() / 2**20:.0f} MB; median of 3")
+          f"d weight alone is {weight.numel() * weight.element_size() / 2**20:.0f} MB; median of 3 interleaved rounds")
     for title, floor, wrap in (("forward + backward", three_products, both), ("forward only", one_product, one_way)):
-        floor()
-        base = _seconds(floor, device)
-        print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}\n"
-              f"{'  bare matrix products':28s} {base:8.2f} {1:8.2f}")
-        for name, function in peers:
-            call = wrap(function)
+        calls = {"bare matrix products": floor} | {name: wrap(function) for name, function in peers}
+        peaks, rounds = {}, {name: [] for name in calls}
+        for name, call in calls.items():
             hidden.grad = weight.grad = None
-            peak = _peak_megabytes(call, device)
-            seconds = _seconds(call, device)
-            print(f"  {name:26s} {seconds:8.2f} {seconds / base:8.2f} {peak:8.0f}")
+            peaks[name] = _peak_megabytes(call, device)          # this first call is the warm-up, too
+        for _ in range(3):                                       # interleaved: a slow minute hits every contestant
+            for name, call in calls.items():
+                rounds[name].append(_seconds(call, device))
+        median = {name: sorted(times)[1] for name, times in rounds.items()}
+        print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}")
+        for name, seconds in median.items():
+            print(f"  {name:26s} {seconds:8.2f} {seconds / median['bare matrix products']:8.2f} {peaks[name]:8.0f}")
 
 
 if __name__ == "__main__":

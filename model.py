@@ -122,7 +122,9 @@ def _attend(q, k, v, mask=None, causal=False):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
     else:
         folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                 # [R, nkv, groups * T, hd]
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=torch.cat([mask] * groups, -2)).view(q.shape)
+        if mask.shape[-2] < folded.shape[-2]:
+            mask = torch.cat([mask] * groups, -2)
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(q.shape)
     return out.transpose(1, 2)
 
 
@@ -217,7 +219,7 @@ class SharedPrefix:
     def attend(self, layer, q, k, v, window):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         if self.keep_kv:
-            self.kv.append((k, v))
+            self.kv.append((k.clone(), v.clone()))      # copies: the slices would keep the whole qkv product alive
         p = self.prompt_index
         mask = None
         if window is not None and window < p.shape[1]:
@@ -229,6 +231,7 @@ class SharedPrefix:
                 seen = _causal(self.query_at[:, :, None], self.key_at[:, None, :], window)
                 # Where a whole row of scores is masked out softmax gives NaN;
                 # padding queries still see themselves, so none is.
+                seen = torch.cat([seen] * (q.shape[1] // k.shape[1]), 1)    # as _attend wants it
                 self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
                                       .masked_fill_(~seen, -math.inf)[:, None])
             keys = self.key_index
@@ -437,7 +440,7 @@ class Transformer(nn.Module):
         config = Config.from_hf(run.read_json(where), where)
         with torch.device("meta"):                                              # no memory yet
             net = cls(config)
-        net.to_empty(device=device).to(dtype)
+        net.to(dtype).to_empty(device=device)                                   # the type first: no float32 in between
         if config.tied:
             net.head.weight = net.embed.weight                                  # to_empty may part them
         _fill(net, _read_tensors(path), path)
@@ -476,16 +479,15 @@ def _inverse_frequencies(config):
     return inverse
 
 
-def response_logprobs(net, prompts, responses, forward=None):
+def response_logprobs(net, prompts, responses):
     """Per-token log-probabilities of responses under `net`, each prompt computed once and shared by its responses.
 
     prompts: B lists of ids, responses: B lists of lists of ids. Returns (logprob [M] float32, row [M] int64, rows):
     token m belongs to the row[m]-th response, counted through all prompts. A response's log-prob is the sum over its
-    tokens, its end-of-turn token included; kernels.sum_rows does that. Empty responses have no row. `forward`: net
-    wrapped in DDP.
+    tokens, its end-of-turn token included; kernels.sum_rows does that. Empty responses have no row.
     """
     view = SharedPrefix(prompts, responses, net.device)
-    hidden = (forward or net)(view.tokens, view)                                # [N, H]
+    hidden = net(view.tokens, view)                                             # [N, H]
     logprob = kernels.linear_logprob(hidden[view.source], net.head.weight, view.target)
     return logprob, view.row, view.rows
 

@@ -26,7 +26,7 @@ Where this departs from the official PairRM code (llm-blender), and why:
   - "[SEP]" in a text becomes a space, as there; so do the four role markers, with which a response could pose as its
     rival (self-play finds such holes).
   - tokenizer.json is taken as stored: transformers 5 would give a DeBERTa tokenizer a normaliser of its own.
-  - float32 unless asked otherwise, and the head always: the official code runs half precision on a GPU.
+  - The head is float32 whatever the encoder's dtype is; the scripts give the encoder their own --dtype.
   - Plain DebertaV2Model, weights loaded key by key: llm-blender neither imports nor loads under transformers 5.
 
     judge = prefmodel.load("pairrm:llm-blender/PairRM", device="cuda", dtype=torch.bfloat16)
@@ -135,7 +135,7 @@ class OracleJudge:
     """Exact marks from world.score, softened into preferences by P = sigmoid(6 (R - R'))."""
 
     name = "oracle"
-    scale = 6.0  # right against wrong (1 against at most .5) is won with .95 or more; right against malformed with .998
+    scale = 6.0  # right against wrong (1 against at most .5) is won with .95 or more, against nothing right with .998
 
     def reward(self, prompts, responses):
         """Marks in [0, 1]: B queries, B lists of K answers -> [B, K] float32."""

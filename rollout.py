@@ -169,7 +169,7 @@ class _Rows:
 
 
 @torch.inference_mode()
-def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(), seeds=0, max_rows=256,
+def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seeds=0, top_k=0, max_rows=256,
              prefill_tokens=16384, desc=None):
     """Sample n continuations of each prompt.
 

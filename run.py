@@ -20,6 +20,7 @@ repeat the uninterrupted one bit for bit.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import glob
 import hashlib
 import json
@@ -34,6 +35,9 @@ import typing
 
 import torch
 import torch.distributed as dist
+
+
+STARTED = time.perf_counter()
 
 
 class UserError(Exception):
@@ -108,7 +112,8 @@ def device_and_dtype(device="auto", dtype="auto"):
         raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
                         "try --device cpu") from None
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     return device, getattr(torch, dtype)
 
 
@@ -120,7 +125,8 @@ def init_ranks(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # ranks wait for the slowest one's sampling, which can take far longer than the default's ten minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -213,26 +219,58 @@ def read_json(path):
     return value
 
 
-def write_json(path, value):
-    """Write `value` as indented JSON, atomically."""
+def write_json(path, value, indent=1):
+    """Write `value` as JSON, atomically."""
     def write(temporary):
         with open(temporary, "w") as file:
-            json.dump(value, file, indent=1)
+            json.dump(value, file, indent=indent)
             file.write("\n")
     write_atomically(path, write)
 
 
-def environment():
+def environment(device, ranks=1):
     """Versions and hardware, for summary.json."""
     import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "hardware": device, "cpu_threads": torch.get_num_threads()}
+            "hardware": name, "cpu_threads": torch.get_num_threads(), "ranks": ranks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run directory
+
+
+def comparable(settings):
+    """What config.json holds and --resume compares: every setting but the two that say how to start."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "overwrite")}
+
+
+def check_out(out, settings, resume, overwrite):
+    """Is `out` a run's directory? Raises UserError if this run must not touch it.
+    Writes nothing: ask before long work."""
+    config = os.path.join(out, "config.json")
+    if not os.path.isdir(out) or not os.listdir(out):
+        return False
+    # a checkpoint has a config.json too, but no state/
+    a_run = os.path.isdir(os.path.join(out, "state")) and (os.path.exists(config) or os.listdir(out) == ["state"])
+    if not a_run:
+        raise UserError(f"--out {out} holds files that are not a run's; give another --out")
+    if not resume and not overwrite:
+        raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
+                        "it, or another --out")
+    if resume and os.path.exists(config):
+        before, now = read_json(config), comparable(settings)
+        for name in sorted(set(before) | set(now)):
+            if before.get(name) != now.get(name):
+                raise UserError(f"--resume: {out} was run with {name} = {before.get(name)}, now it is {now.get(name)}; "
+                                f"give the same --{name.replace('_', '-')} or another --out")
+    return True
 
 
 class Run:
@@ -242,7 +280,7 @@ class Run:
 
     def __init__(self, out, settings, resume=False, overwrite=False, rank=0):
         self.out, self.rank, self.seconds, self.state = str(out), rank, {}, None
-        settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "overwrite")}
+        self.before = 0.0           # wall-clock seconds of the sessions that this one resumes
         if rank == 0:
             try:
                 self._prepare(settings, resume, overwrite)
@@ -259,29 +297,15 @@ class Run:
         barrier()
 
     def _prepare(self, settings, resume, overwrite):
-        """Make the directory, unless it holds something that this run must not touch."""
-        config = self.path("config.json")
-        a_run = os.path.isdir(self.path("state")) and (os.path.exists(config) or os.listdir(self.out) == ["state"])
+        """Make the directory."""
+        a_run = check_out(self.out, settings, resume, overwrite)
         if a_run and resume:
-            if os.path.exists(config):
-                self._check_same(config, settings)
             for left in glob.glob(self.path("**", "*.tmp-*"), recursive=True) + glob.glob(self.path("*.old-*")):
                 _remove(left)  # what a kill left behind in the middle of a rename
-        elif a_run and overwrite:
+        elif a_run:
             shutil.rmtree(self.out)
-        elif os.path.isdir(self.out) and os.listdir(self.out):
-            raise UserError(f"--out {self.out} already holds files; give --resume to continue that run, --overwrite "
-                            "to replace it, or another --out" if a_run else
-                            f"--out {self.out} holds files that are not a run's; give another --out")
         os.makedirs(self.path("state"), exist_ok=True)
-        write_json(config, settings)
-
-    def _check_same(self, config, settings):
-        before = read_json(config)
-        for name in sorted(set(before) | set(settings)):
-            if before.get(name) != settings.get(name):
-                raise UserError(f"--resume: {self.out} was run with {name} = {before.get(name)}, now it is "
-                                f"{settings.get(name)}; give the same --{name.replace('_', '-')} or another --out")
+        write_json(self.path("config.json"), comparable(settings))
 
     def _load_state(self):
         path = self.path("state", "state.pt")
@@ -293,6 +317,7 @@ class Run:
             raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
                             "start again with --overwrite") from None
         self.seconds = state["seconds"]
+        self.before = self.seconds.pop("total")
         if self.rank == 0:  # rows written after the state was saved will be written again: drop them
             self._truncate(state["sizes"])
         return state
@@ -324,9 +349,13 @@ class Run:
         """Everything --resume needs, in one file replaced atomically: tensors, numbers, strings, lists and dicts."""
         if self.rank == 0:
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
-            state["seconds"] = dict(self.seconds)
+            state["seconds"] = {**self.seconds, "total": self.total_seconds()}
             write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
         self.state = None  # loaded once, not kept in memory
+
+    def total_seconds(self):
+        """Wall-clock seconds since the program began, those of resumed sessions included."""
+        return self.before + time.perf_counter() - STARTED
 
     @contextlib.contextmanager
     def phase(self, name):

@@ -14,15 +14,22 @@ Taking logarithms turns the update into a regression that a language model can d
     step     pi_t is both the starting point and the reference; the result is pi_{t+1}
 
 Deviations from the paper, each with its reason:
-  - the embedded world's eta, learning rate and epochs are its own (WORLD below, picked on validation prompts):
-    eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
+  - the embedded world's eta, learning rate, optimizer and epochs are its own (WORLD below, picked on validation
+    prompts): eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
   - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
-    with the run's own judge; the test prompts play no part in any choice
-  - the learning rate is scheduled over the run's own epochs; the paper schedules 18 and keeps the first epoch's result
+    with the run's own judge; the test prompts play no part in any choice. With one epoch, the default for real
+    prompts, there is one candidate and the figure only reports
+  - best and worst are by Phat, the quantity the loss is about, also where PairRM's aggregate score would differ
+  - prompts whose K answers all tie stay in (p = 1/2: hold still), so that a part's size does not depend on the judge
+  - the learning-rate schedule spans an iteration's own epochs; the paper schedules 18 and keeps the first one's result
+  - optimizer state starts afresh in each iteration, and pi_{t+1} is what its checkpoint holds: in bfloat16 the float32
+    masters end with the iteration, as in the official code, whose iterations are separate runs
+  - not in the paper: gradients clipped at norm 1 (--clip), AdamW betas (.9, .98)
 Deviations from the official code: sampling T = 1 and top_p = 1 as in the paper (the code has .7 and .9); --estimator
-pairwise keeps the judge's cycles (the code's is `aggregate`); sampled ids are never decoded and re-encoded, so no
-template is cut apart, no BOS doubled, and an answer cut at the length limit gets no end token that the model did not
-write; test and validation prompts never come from the training prompts; over-long prompts are refused, not truncated.
+pairwise keeps the judge's cycles (the code's is `aggregate`); answers up to 1,024 tokens (the code: prompt and answer
+together); sampled ids are never decoded and re-encoded, so no template is cut apart, no BOS doubled, and an answer cut
+at the length limit gets no end token that the model did not write; test and validation prompts never come from the
+training prompts; over-long prompts are refused, not truncated.
 
     python sppo.py                                  # the embedded world, minutes on a CPU
     python sppo.py --model mistralai/Mistral-7B-Instruct-v0.2 \
@@ -30,7 +37,6 @@ write; test and validation prompts never come from the training prompts; over-lo
     torchrun --nproc_per_node=8 sppo.py ...         # the same, prompts shared out
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -139,6 +145,8 @@ def settle(s):
     if s.prompts and (s.judge or "oracle") == "oracle":
         raise run.UserError("--prompts needs a judge that can read: give --judge pairrm:DIR_OR_HUB_ID "
                             "(the oracle knows only the embedded world)")
+    if s.judge == "oracle" and s.estimator != "pairwise":
+        raise run.UserError("--estimator aggregate is for judges of pairs; the oracle has rewards, leave the flag out")
     if s.prompts and not s.model:
         raise run.UserError("--prompts needs --model: the embedded world's base does not read natural language")
     return s
@@ -151,7 +159,8 @@ def split_prompts(s):
     """
     need = s.iterations * s.prompts_per_iteration
     if not s.prompts:
-        train = world.queries("train", need, s.seed)
+        # queries() never repeats itself, so short ones run out and later ones are harder: shuffled, the parts are alike
+        train = run.shuffled(world.queries("train", need, s.seed), s.seed, "training prompts")
         validation, test = world.queries("validation", s.validation_prompts), world.queries("test", s.test_prompts)
     else:
         prompts = run.shuffled(eval.read_prompts(s.prompts), "held-out prompts")
@@ -184,8 +193,8 @@ def make_pairs(net, chat, judge, prompts, s, t, shard, r):
     ids = chat.encode_all(mine, s.max_prompt_tokens, s.max_new_tokens)
     with r.phase("sample"):
         seeds = [run.stream(s.seed, "sample", t) + i for i in range(rank, len(prompts), ranks)]
-        samples = rollout.generate(net, ids, s.k, s.max_new_tokens, s.temperature, s.top_p, s.top_k, chat.stop_ids,
-                                   seeds, s.max_rows, desc=f"iteration {t}: sampling {s.k} answers a prompt")
+        samples = rollout.generate(net, ids, s.k, s.max_new_tokens, s.temperature, s.top_p, chat.stop_ids, seeds,
+                                   s.top_k, s.max_rows, desc=f"iteration {t}: sampling {s.k} answers a prompt")
         texts = [[chat.decode(tokens) for tokens in group] for group in samples.tokens]
     r.say(f"iteration {t}: sampled {samples.count} tokens in {samples.seconds:.1f} s "
           f"({samples.count / samples.seconds:.0f} a second{' and rank' * (ranks > 1)})")
@@ -216,11 +225,11 @@ def make_pairs(net, chat, judge, prompts, s, t, shard, r):
     return pairs, statistics
 
 
-def sequence_logprobs(net, pairs, forward=None):
+def sequence_logprobs(net, pairs):
     """log pi(y|x) of both answers of each pair [len(pairs), 2] float32:
     sums over the answer's tokens, end of turn included."""
     logprob, row, rows = model.response_logprobs(net, [p["prompt"] for p in pairs],
-                                                 [p["responses"] for p in pairs], forward)
+                                                 [p["responses"] for p in pairs])
     return kernels.sum_rows(logprob, row, rows).view(-1, 2)
 
 
@@ -228,27 +237,26 @@ def sequence_logprobs(net, pairs, forward=None):
 # loss, step
 
 
-def gradient_step(net, forward, optimizer, pairs, s, lr, shard):
+def gradient_step(net, optimizer, pairs, s, lr, shard):
     """One optimizer step of (4.7) on a batch of pairs, in micro-batches. Returns the batch's metrics."""
     rank, ranks = shard
     mine = pairs[rank::ranks]
-    weight = ranks / len(pairs)              # DDP averages over ranks: this makes it the mean over the batch's prompts
+    weight = ranks / len(pairs)              # the optimizer averages over ranks: this gives the mean over the batch
     if not mine:                             # a last batch smaller than the number of ranks: take part, with no weight
         mine, weight = pairs[:1], 0.0
     sums = torch.zeros(6, dtype=torch.float64)
     for start in range(0, len(mine), s.micro_batch):
         chunk = mine[start:start + s.micro_batch]
-        last = start + s.micro_batch >= len(mine)
-        with contextlib.nullcontext() if last or forward is net else forward.no_sync():
-            logp = sequence_logprobs(net, chunk, forward)                                           # [b, 2] log pi(y|x)
-            logratio = logp - torch.tensor([p["ref"] for p in chunk], device=logp.device)           # log pi / pi_t
-            p = torch.tensor([p["p"] for p in chunk], device=logp.device)                           # Phat(y > pi_t | x)
-            # (4.7):  ( log pi(y|x)/pi_t(y|x) - eta (Phat - 1/2) )^2, winner and loser averaged, mean over prompts
-            loss = kernels.sppo_loss(logratio, p, s.eta).mean(1).sum() * weight
-            loss.backward()
+        logp = sequence_logprobs(net, chunk)                                                    # [b, 2] log pi(y|x)
+        logratio = logp - torch.tensor([p["ref"] for p in chunk], device=logp.device)           # log pi / pi_t
+        p = torch.tensor([p["p"] for p in chunk], device=logp.device)                           # Phat(y > pi_t | x)
+        # (4.7):  ( log pi(y|x)/pi_t(y|x) - eta (Phat - 1/2) )^2, winner and loser averaged, mean over prompts
+        loss = kernels.sppo_loss(logratio, p, s.eta).mean(1).sum() * weight
+        loss.backward()
+        optimizer.collect()
         with torch.no_grad():
             sums += torch.stack([loss / ranks, *(x * weight / ranks for x in (
-                *logratio.sum(0), *logp.sum(0), (logratio - s.eta * (p - 0.5)).abs().sum() / 2))]).double().cpu()
+                *logratio.sum(0), *logp.sum(0), (logratio - s.eta * (p - 0.5)).abs().sum() / 2))]).cpu().double()
     if ranks > 1:
         device_sums = sums.to(net.device) if net.device.type == "cuda" else sums
         dist.all_reduce(device_sums)
@@ -298,9 +306,12 @@ def main(argv):
     # -- settings, set-up ---------------------------------------------------------------------------------------------
     s = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0]
                          + "\n\nA default in [brackets]; the README explains every logged metric."))
-    device, dtype = run.device_and_dtype(s.device, s.dtype)
+    # the embedded world's 300,000 parameters have no use for bfloat16
+    device, dtype = run.device_and_dtype(s.device, "float32" if s.dtype == "auto" and not s.prompts else s.dtype)
     rank, ranks, device = run.init_ranks(device)
     shard = (rank, ranks)
+    if rank == 0:
+        run.check_out(s.out, s, s.resume, s.overwrite)
     validation, test, parts = split_prompts(s)
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
     base_path = s.model or run.on_rank_0_first(rank, lambda: world.base(device=device))
@@ -313,6 +324,10 @@ def main(argv):
     r.say(f"SPPO on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {base_path}, judge {judge.name}; "
           f"{s.iterations} iterations of {s.prompts_per_iteration} prompts x K = {s.k}, eta {s.eta:g}, lr {s.lr:g}; "
           f"writing to {s.out}")
+    for name, prompts in (("validation", validation), ("test", test)):      # so that others can evaluate on the same
+        if rank == 0:
+            with open(r.path("state", f"{name}.jsonl"), "w") as file:
+                file.writelines(json.dumps({"prompt": p}) + "\n" for p in prompts)
     state = r.state or {"iteration": 1, "step": 0, "best": None, "evaluations": []}
     evaluations, sampling = state["evaluations"], sampling_of(s)
     with r.phase("evaluate"):
@@ -327,7 +342,7 @@ def main(argv):
     for t in range(state["iteration"], s.iterations + 1):
         # pi_t: where this iteration starts, and its reference
         pi_t = r.path(f"iter-{t - 1}") if t > 1 else base_path
-        net = forward = optimizer = None                # let go of the last iteration's memory first
+        net = optimizer = None                          # let go of the last iteration's memory first
         net = model.Transformer.from_pretrained(pi_t, device, dtype)
         pairs_path = r.path("state", f"pairs-{t}.json")
 
@@ -338,7 +353,7 @@ def main(argv):
         else:
             pairs, statistics = make_pairs(net, chat, judge, parts[t - 1], s, t, shard, r)
             if rank == 0:
-                run.write_json(pairs_path, {"pairs": pairs, "statistics": statistics})
+                run.write_json(pairs_path, {"pairs": pairs, "statistics": statistics}, indent=None)
             r.save_state(iteration=t, sampled=t, step=0, best=None, evaluations=evaluations)
         r.say(f"iteration {t}: {s.k * len(pairs)} answers judged; "
               f"mean Phat of the best {statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; "
@@ -352,7 +367,7 @@ def main(argv):
         if state["step"]:
             net.load_state_dict(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
-        forward = torch.nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
+            state = {**state, "weights": None, "optimizer": None}       # not needed twice in memory
         bar = run.progress(desc=f"iteration {t}: training", total=steps)
         bar.update(state["step"])
         first_epoch, first_batch = divmod(state["step"], per_epoch)
@@ -361,13 +376,13 @@ def main(argv):
             for i in range(first_batch if epoch == first_epoch else 0, per_epoch):
                 step = epoch * per_epoch + i
                 with r.phase("train"):
-                    metrics = gradient_step(net, forward, optimizer, order[i * s.batch_size:(i + 1) * s.batch_size], s,
+                    metrics = gradient_step(net, optimizer, order[i * s.batch_size:(i + 1) * s.batch_size], s,
                                             kernels.linear_schedule(step, steps, s.warmup, s.lr), shard)
                 bar.update()
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise run.UserError(f"iteration {t}, step {step + 1}: the loss is {metrics['loss']}, the "
-                                        f"gradient's norm {metrics['grad_norm']}; stopped, the last good checkpoint is {pi_t}; "
-                                        "lower --lr or --eta, or use --dtype float32")
+                                        f"gradient's norm {metrics['grad_norm']}; stopped, the last good checkpoint "
+                                        f"is {pi_t}: lower --lr or --eta, or use --dtype float32")
                 r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
                                           **metrics, **statistics})
                 if (step + 1) % s.print_every == 0:
@@ -396,7 +411,7 @@ def main(argv):
 
         # -- evaluate -------------------------------------------------------------------------------------------------
         run.barrier()
-        net = forward = optimizer = None
+        net = optimizer = None
         net = model.Transformer.from_pretrained(r.path(f"iter-{t}"), device, dtype)
         with r.phase("evaluate"):
             evaluations.append(eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed,
@@ -406,9 +421,10 @@ def main(argv):
         r.save_state(**state)
 
     # -- summary ------------------------------------------------------------------------------------------------------
-    r.seconds["total"] = sum(r.seconds.values())
+    r.seconds["total"] = r.total_seconds()
     if rank == 0:
-        summary = {"method": "sppo", "settings": dataclasses.asdict(s), **run.environment(), "base": str(base_path),
+        summary = {"method": "sppo", "settings": dataclasses.asdict(s), **run.environment(device, ranks),
+                   "base": str(base_path),
                    "seconds": {name: round(value, 1) for name, value in r.seconds.items()}, "evaluations": evaluations}
         run.write_json(r.path("summary.json"), summary)
         eval.plot([("SPPO", summary)], r.path("curves.png"))

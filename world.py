@@ -13,8 +13,9 @@ and only here, one can tell LEARNING from SHARPENING.
 Why that matters: sampling the untrained base at a lower temperature already beats the base at temperature 1, because
 its likeliest answer is better than its average one. Self-play also makes a model greedier. A sampled win rate that
 rises can therefore be had without learning anything. So the corpus is wrong in a *systematic* way: it misreads three
-operations most of the time on longer words. There the base's likeliest answer is wrong, and decoding greedily cannot
-repair that; yet it samples the right answer often enough for a judge to find it. Learning shows as GREEDY accuracy.
+operations most of the time on longer words. There the base's likeliest answer is wrong, and neither decoding greedily
+nor a vote among many samples repairs that (both stand in the table below); yet it samples the right answer often enough
+for a judge to find it. Learning shows as GREEDY accuracy.
 
 The model has three modes, told apart by the user turn: a query is answered; `challenge` is answered by a query (LSP's
 Challenger); `judge:query|answer` is answered by a digit 0-7 (LSP's self-reward).
@@ -22,6 +23,7 @@ Challenger); `judge:query|answer` is answered by a digit 0-7 (LSP's self-reward)
     python world.py              ten queries with the oracle's verdicts, then the base's figures
 """
 
+import collections
 import dataclasses
 import hashlib
 import os
@@ -363,22 +365,26 @@ def _show(argv):
     @dataclasses.dataclass
     class Settings:
         queries: int = run.flag(2000, "how many test queries the base's figures are taken over")
+        votes: int = run.flag(32, "samples whose most frequent answer is the base's vote")
 
     settings = run.parse(Settings, argv, "show the embedded world and its base")
     directory = base()
     net, tokenizer = model.Transformer.from_pretrained(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    test = queries("test", settings.queries)
-    greedy, sampled = answers(net, tokenizer, test, 0), answers(net, tokenizer, test, 1)
+    test, votes = queries("test", settings.queries), settings.votes
+    greedy, samples = answers(net, tokenizer, test, 0), answers(net, tokenizer, test * votes, 1)
+    sampled = samples[:len(test)]
+    vote = [collections.Counter(samples[i::len(test)]).most_common(1)[0][0] for i in range(len(test))]
     print(f"\n{'query':34s} {'right':8s} {'base, sampled':14s} {'R':>5s}   {'base, greedy':14s} {'R':>5s}")
     for q, s, g in list(zip(test, sampled, greedy))[:10]:
         print(f"{q:34s} {solve(q):8s} {s:14s} {score(q, s):5.2f}   {g:14s} {score(q, g):5.2f}")
     groups = {"all": test} | {op: [q for q in test if op in parse(q)[0]] for op in OPS}
     groups |= {f"{n} operation{'s' * (n > 1)}": [q for q in test if len(parse(q)[0]) == n] for n in (1, 2, 3)}
-    by_query = {q: (s, g) for q, s, g in zip(test, sampled, greedy)}
-    print(f"\n{'accuracy of the base on':24s} {'queries':>8s} {'sampled':>8s} {'greedy':>8s} {'copying':>8s}   "
-          "(copying = answering with the word itself)")
+    by_query = {q: (*answers, parse(q)[1]) for q, *answers in zip(test, sampled, greedy, vote)}
+    print(f"\n{'accuracy of the base on':24s}"
+          f" {'queries':>8s} {'sampled':>8s} {'greedy':>8s} {'vote':>8s} {'copying':>8s}   "
+          f"(vote: the most frequent of {votes} samples; copying: the word itself)")
     for name, group in groups.items():
-        rows = [[score(q, a) == 1 for a in (*by_query[q], parse(q)[1])] for q in group]
+        rows = [[score(q, a) == 1 for a in by_query[q]] for q in group]
         print(f"{name:24s} {len(group):8d}" + "".join(f" {sum(column) / len(group):8.3f}" for column in zip(*rows)))
 
 

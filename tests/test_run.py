@@ -336,5 +336,5 @@ def test_phases_add_up():
 
 
 def test_environment_names_versions_and_hardware():
-    e = run.environment()
+    e = run.environment(torch.device("cpu"))
     assert e["torch"] == torch.__version__ and e["hardware"] and e["cpu_threads"] >= 1
