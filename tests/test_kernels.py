@@ -330,3 +330,21 @@ def test_linear_schedule():
 def test_eighteen_epochs_scheduled_one_trained():
     """The SPPO paper's schedule, stopped after epoch 1 of 18, ends still warming up at 1/1.8 of the peak."""
     assert kernels.linear_schedule(99, 1800, 0.1, 1.0) == pytest.approx(1 / 1.8)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """64 micro-batches whose gradients are 1, then one of 1/4: a bfloat16 sum loses the last (64.25 is 64 again)."""
+    w = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = kernels.Optimizer([w], "rmsprop")
+    for coefficient in [1.0] * 64 + [0.25]:
+        (coefficient * w).sum().backward()
+        optimizer.collect()
+    assert optimizer.step(0.0, clip=0.0) == pytest.approx(64.25 * 3**0.5, rel=1e-6)
+    assert torch.tensor(64.0, dtype=torch.bfloat16) + 0.25 == 64.0
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    w = torch.ones(2, requires_grad=True)
+    optimizer = kernels.Optimizer([w], "adamw")
+    (w * torch.tensor([1.0, torch.inf])).sum().backward()
+    assert not optimizer.step(0.1, clip=1.0) < torch.inf and w.tolist() == [1.0, 1.0]
