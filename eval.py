@@ -244,10 +244,11 @@ def table(rows):
     def cell(value, error=None):
         return "-" if value is None else f"{value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
 
-    lines = [f"{'':16s} {'win rate':>13s} {'greedy vs greedy':>16s} "
+    width = max(16, *(len(r["name"]) for r in rows))
+    lines = [f"{'':{width}s} {'win rate':>13s} {'greedy vs greedy':>16s} "
              f"{'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"]
     for r in rows:
-        lines.append(f"{r['name']:16s} {cell(r['win_rate'], r['win_rate_se']):>13s} "
+        lines.append(f"{r['name']:{width}s} {cell(r['win_rate'], r['win_rate_se']):>13s} "
                      f"{cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
                      f"{cell(r['accuracy_sampled']):>12s} {cell(r['accuracy_greedy']):>11s} {r['mean_length']:7.1f}")
     return "\n".join(lines)
@@ -329,25 +330,26 @@ def winrate(argv):
             raise run.UserError(f"--{name.replace('_', '-')} {getattr(s, name)} must be above 0")
     if s.max_new_tokens < 0:
         raise run.UserError(f"--max-new-tokens {s.max_new_tokens} must not be negative; 0 takes the default")
-    if s.prompts and s.judge == "oracle":
-        raise run.UserError("--judge oracle knows only the embedded world; "
-                            "with --prompts give --judge pairrm:DIR_OR_HUB_ID")
-    device, dtype = run.device_and_dtype(s.device, s.dtype)
     prompts = (read_prompts(s.prompts) if s.prompts else world.queries("test", s.count))[:s.count]
+    if s.judge == "oracle" and not all(map(world.parse, prompts)):
+        raise run.UserError("--judge oracle knows only the embedded world's queries; "
+                            "with other --prompts give --judge pairrm:DIR_OR_HUB_ID")
+    device, dtype = run.device_and_dtype(s.device, s.dtype)
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
-    sampling = Sampling(s.max_new_tokens or (1024 if s.prompts else 24), s.temperature, s.top_p, s.max_rows)
+    sampling = Sampling(s.max_new_tokens or (24 if s.judge == "oracle" else 1024), s.temperature, s.top_p, s.max_rows)
+    names = [os.path.basename(os.path.normpath(path)) for path in (s.vs, s.model)]
     theirs = None
     for path in (s.vs, s.model):
         net, chat = load(path, device, dtype)
-        if not s.prompts:
+        if s.judge == "oracle":
             check_speaks_world(path, chat)
         ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
         if theirs is None:
             theirs = opponent(net, chat, ids, sampling, s.seed)
-            rows = [against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, "vs")]
-            rows.append({**base_greedy_row(rows[0], judge, prompts, theirs), "name": "vs, greedy"})
+            rows = [against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, names[0])]
+            rows.append({**base_greedy_row(rows[0], judge, prompts, theirs), "name": f"{names[0]}, greedy"})
             net = None          # one model in memory at a time
-    rows.append(against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, "model"))
+    rows.append(against(net, chat, prompts, ids, theirs, judge, sampling, s.seed, names[1]))
     print(json.dumps({**rows[-1], "model": s.model, "vs": s.vs, "judge": judge.name}) if s.json else
           f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table(rows)}")
 
@@ -370,6 +372,9 @@ def check_sampling(temperature, top_p):
 
 def plot_command(argv):
     """The sub-command `plot`: one picture from the summaries of the named run directories."""
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: eval.py plot RUN_DIR...\n\nOne run: its curves.png is drawn again. Several: curves.png here.")
+        return
     names = [a for a in argv if not a.startswith("--")]
     if not names or len(names) != len(argv):
         raise run.UserError("plot takes run directories and no flags: python eval.py plot out/sppo [out/other ...]")

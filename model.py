@@ -500,6 +500,8 @@ def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.mod
     """A local directory as it is, or a hub repository downloaded (and cached) by huggingface_hub.
     Returns the directory."""
     if os.path.isdir(path_or_hub_id):
+        if os.path.isdir(os.path.join(path_or_hub_id, "state")):
+            raise run.UserError(f"{path_or_hub_id} is a run's directory; give a checkpoint in it, such as its iter-1")
         return str(path_or_hub_id)
     if (os.path.exists(path_or_hub_id) or str(path_or_hub_id).startswith((".", "/", "~"))
             or str(path_or_hub_id).count("/") > 1):

@@ -53,13 +53,19 @@ def flag(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one sentence, without the page of usage that argparse puts before it
+        print(f"error: {message}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse(settings_class, argv, description):
     """Turn `argv` into an instance of the dataclass `settings_class`, one flag per field.
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
     the wrong type ends the program with exit status 2.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = _Parser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):

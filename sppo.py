@@ -81,14 +81,14 @@ class Settings:
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)")
     eta: float | None = flag(None,
         "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2) [world 20, else 1e3]")
-    lr: float | None = flag(None, "peak learning rate [world 5e-4, else 5e-7]")
+    lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7) [world 5e-4, else 5e-7]")
     optimizer: str | None = flag(None,
         "adamw or rmsprop [world adamw, else rmsprop as the official code]", ("adamw", "rmsprop"))
     epochs: int | None = flag(None,
         "passes over an iteration's pairs; the best on validation prompts is kept [world 6, else 1]")
-    warmup: float = flag(0.1, "share of the steps over which the learning rate rises; then it falls linearly to 0")
-    weight_decay: float = flag(0.0, "of AdamW or RMSProp")
-    clip: float = flag(1.0, "largest gradient norm; 0 = no clipping")
+    warmup: float = flag(0.1, "share of the steps over which the learning rate rises, to fall after (section 5.1: 0.1)")
+    weight_decay: float = flag(0.0, "of AdamW or RMSProp (not in the paper)")
+    clip: float = flag(1.0, "largest gradient norm; 0 = no clipping (not in the paper)")
     batch_size: int = flag(64, "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each")
     micro_batch: int | None = flag(None,
         "prompts per forward and backward pass and rank; less saves memory, the gradient is the same "
@@ -108,7 +108,7 @@ class Settings:
         "optimizer steps between printed lines; metrics.jsonl has every step [world 64, else 1]")
     save_every: int = flag(0,
         "optimizer steps between saved states, besides those at every epoch's end; 0 = only those")
-    seed: int = flag(0, "fixes everything that is drawn")
+    seed: int = flag(0, "fixes everything that is drawn, but not the embedded world and its base")
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto",
         "float32 or bfloat16; auto: bfloat16 where native (the optimizer keeps float32 weights)",
@@ -159,6 +159,9 @@ def split_prompts(s):
     """
     need = s.iterations * s.prompts_per_iteration
     if not s.prompts:
+        if need > 10**6:
+            raise run.UserError(f"--iterations {s.iterations} of --prompts-per-iteration {s.prompts_per_iteration}: "
+                                "the embedded world has a million queries to train on; lower one")
         # queries() never repeats itself, so short ones run out and later ones are harder: shuffled, the parts are alike
         train = run.shuffled(world.queries("train", need, s.seed), s.seed, "training prompts")
         validation, test = world.queries("validation", s.validation_prompts), world.queries("test", s.test_prompts)
@@ -340,7 +343,7 @@ def main(argv):
     r.say(eval.table(evaluations))
 
     for t in range(state["iteration"], s.iterations + 1):
-        # pi_t: where this iteration starts, and its reference
+        # pi_t of (4.1): where this iteration starts, and its reference
         pi_t = r.path(f"iter-{t - 1}") if t > 1 else base_path
         net = optimizer = None                          # let go of the last iteration's memory first
         net = model.Transformer.from_pretrained(pi_t, device, dtype)
@@ -385,7 +388,7 @@ def main(argv):
                                         f"is {pi_t}: lower --lr or --eta, or use --dtype float32")
                 r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
                                           **metrics, **statistics})
-                if (step + 1) % s.print_every == 0:
+                if (step + 1) % s.print_every == 0 or i + 1 == per_epoch:
                     r.say(f"iteration {t}, step {step + 1}/{steps}: loss {metrics['loss']:.2f}, log-ratio of winners "
                           f"{metrics['logratio_w']:+.2f}, of losers {metrics['logratio_l']:+.2f}, gradient norm "
                           f"{metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")

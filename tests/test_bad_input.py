@@ -310,13 +310,15 @@ def test_an_absurd_learning_rate_ends_in_one_sentence(tiny, monkeypatch, capsys)
     ("winrate --model {base} --vs {base} --judge gpt-4", "--judge"), ("winrate --model {base} --vs {base} --top-p 0",
                                                                       "--top-p"),
     ("winrate --model {base} --vs {base} --temperature -1", "--temperature"),
-    ("winrate --model {base} --vs {base} --prompts p.jsonl", "--judge"),
+    ("winrate --model {base} --vs {base} --prompts p.jsonl", "p.jsonl"),
+    ("winrate --model {base} --vs out", "out is a run's directory"),
     ("winrate --model {base} --vs {base} --count 0", "--count"),
     ("winrate --model {base} --vs {base} --max-new-tokens -3", "--max-new-tokens"),
     ("winrate --model {base} --vs {base} --nonsense 1", "--nonsense"),
     ("winrate --model {llama3} --vs {base} --count 9", "--prompts"), ("plot", "plot"),
     ("plot nowhere", "nowhere/summary.json"), ("fight", "fight")])
 def test_eval(complaint, base, llama3, flags, says):
+    os.makedirs("out/state", exist_ok=True)
     assert says in complaint(flags.format(base=base, llama3=llama3).split(), main=eval.main)
 
 

@@ -304,6 +304,18 @@ def test_winrate_with_a_prompts_file_and_pairrm(llama3, pairrm, prompts_file, ca
     assert 0 < row["mean_length"] <= 8
 
 
+def test_the_oracle_takes_a_file_of_its_own_queries_and_no_other(base, capsys):
+    """A run writes its test prompts to state/test.jsonl so that others can evaluate on the same."""
+    command = ["winrate", "--model", base, "--vs", base, "--device", "cpu", "--prompts"]
+    for name, prompts in (("own.txt", world.queries("test", 12)), ("other.txt", ["Name a prime."])):
+        with open(name, "w") as file:
+            file.write("\n".join(prompts))
+    eval.main([*command, "own.txt"])
+    assert "12 prompts, judge oracle" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--judge oracle knows only"):
+        eval.main([*command, "other.txt"])
+
+
 def test_help_and_unknown_commands(capsys):
     eval.main([])
     assert "eval.py winrate" in capsys.readouterr().out
