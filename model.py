@@ -16,7 +16,6 @@ V vocabulary; nh query heads, nkv key/value heads, hd head dimension; L tokens h
 """
 
 import dataclasses
-import json
 import math
 import os
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-import run
 import sppo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,7 +33,6 @@ def test_every_flag_in_the_readme_is_a_flag():
     import dataclasses
 
     import eval
-    import kernels
 
     source = "".join(open(os.path.join(ROOT, f)).read() for f in os.listdir(ROOT) if f.endswith(".py"))
     known = {"--" + f.name.replace("_", "-") for s in (sppo.Settings, eval.WinrateSettings) for f in dataclasses.fields(s)}
