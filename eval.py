@@ -21,6 +21,8 @@ import json
 import math
 import os
 
+import torch
+
 import model
 import prefmodel
 import rollout
@@ -33,11 +35,14 @@ import world
 
 
 def read_prompts(path):
-    """Prompts of a local file, in order, duplicates dropped: a list of strings.
+    """Prompts of a local file or a hub data set, in order, duplicates dropped: a list of strings.
 
     .jsonl or .json rows with `prompt`, or `instruction` (+ `input`), or `messages` (the last user turn); or plain .txt,
-    one prompt a line. Raises UserError, naming the file and the line, for anything else.
+    one prompt a line; or the hub's owner/name, the same columns in its split `train`. Raises UserError, naming the file
+    and the line, for anything else.
     """
+    if not os.path.exists(path) and path.count("/") == 1 and not path.endswith((".jsonl", ".json", ".txt")):
+        return list(dict.fromkeys(_prompt(row, path, f"row {i + 1}") for i, row in enumerate(_hub_rows(path))))
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -59,6 +64,20 @@ def read_prompts(path):
     if not prompts:
         raise run.UserError(f"--prompts {path} holds no prompts; give a file with at least one")
     return list(dict.fromkeys(prompts))
+
+
+def _hub_rows(name):
+    """The rows of a hub data set's split `train`. Raises UserError where it cannot be had."""
+    try:
+        import datasets
+    except ImportError:
+        raise run.UserError(f"--prompts {name} is no file here, and a hub data set needs `pip install datasets`; "
+                            "install it, or give a .jsonl, .json or .txt file") from None
+    try:
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub's client has a dozen kinds; each means that the data is not to be had
+        raise run.UserError(f"--prompts {name} is no file here, and the hub did not give it ({type(error).__name__}); "
+                            "check the name and the connection") from None
 
 
 def _json_line(line, path, where):
@@ -120,10 +139,26 @@ class Chat:
         return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                   add_generation_prompt=True, return_dict=False)
 
+    def encode_answer(self, prompt, answer):
+        """Ids of an answer that is known as text only, its end of turn included once: the conversation goes through the
+        template whole, and what follows the prompt's ids is the answer (should a tokenizer merge across that border,
+        the answer is encoded by itself)."""
+        head = self.encode(prompt)
+        talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ids = self.tokenizer.apply_chat_template(talk, return_dict=False)
+        ids = (ids[len(head):] if ids[:len(head)] == head
+               else self.tokenizer.encode(answer, add_special_tokens=False))
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
+        return ids + [self.tokenizer.eos_token_id] if end is None else ids[:end + 1]
+
+    def room(self, max_prompt_tokens, max_new_tokens):
+        """How many tokens a prompt may have; 0 for max_prompt_tokens = as many as the context has."""
+        return min(max_prompt_tokens or self.context, self.context - max_new_tokens)
+
     def encode_all(self, prompts, max_prompt_tokens, max_new_tokens):
         """Ids of every prompt. Raises UserError for one that leaves no room to answer:
         truncating it would change the question."""
-        room = min(max_prompt_tokens or self.context, self.context - max_new_tokens)
+        room = self.room(max_prompt_tokens, max_new_tokens)
         ids = [self.encode(p) for p in prompts]
         for p, tokens in zip(prompts, ids):
             if len(tokens) > room:
@@ -213,10 +248,13 @@ def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shar
     sampled, length = answer(net, chat, ids, 1, sampling, run.stream(seed, "evaluation"),
                              desc=f"{name}: sampling", shard=shard)
     greedy, greedy_length = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc=f"{name}: greedy", shard=shard)
-    return {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""),
-            **_figures(judge, prompts, greedy, opponent, "_greedy"),
-            "accuracy_sampled": exact(judge, prompts, sampled), "accuracy_greedy": exact(judge, prompts, greedy),
-            "mean_length": length, "mean_length_greedy": greedy_length}
+    row = {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""),
+           **_figures(judge, prompts, greedy, opponent, "_greedy"),
+           "accuracy_sampled": exact(judge, prompts, sampled), "accuracy_greedy": exact(judge, prompts, greedy),
+           "mean_length": length, "mean_length_greedy": greedy_length}
+    if judge.name == "styles":      # the base's, where everything starts, out of its four samples a prompt
+        row["styles"] = world.style_shares(sum(opponent.sampled if name == "base" else sampled, []))
+    return row
 
 
 def base_greedy_row(row, judge, prompts, opponent):
@@ -255,17 +293,124 @@ def table(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# games: n strategies, P [n, n] with P[i, j] = P(i beats j), P + P^T = 1; a policy is [n] probabilities; all float64
+
+
+def multiplicative_weights(P, start, eta, steps):
+    """SPPO's (4.1) solved exactly: pi_{t+1} ~ pi_t exp(eta P pi_t). Returns the iterates pi_1 = start, ..., [steps, n].
+
+    >>> P = torch.tensor(world.STYLES, dtype=torch.float64)
+    >>> multiplicative_weights(P, torch.ones(3) / 3, eta=2.0, steps=2)[1]       # style 0 beats the uniform mixture most
+    tensor([0.3792, 0.3104, 0.3104], dtype=torch.float64)
+    """
+    P, log_pi, iterates = torch.as_tensor(P).double(), torch.as_tensor(start).double().log(), []
+    for _ in range(steps):
+        iterates.append(log_pi.softmax(0))
+        log_pi = log_pi + eta * (P @ iterates[-1])
+    return torch.stack(iterates)
+
+
+def best_response(P, policy):
+    """How often the strategy that does best against `policy` beats it: 1/2 at the Nash equilibrium, more elsewhere."""
+    return float((torch.as_tensor(P).double() @ torch.as_tensor(policy).double()).max())
+
+
+def duality_gap(P, policy):
+    """max_pi P(pi > policy) - min_pi P(policy > pi), the quantity of Theorem 4.1: 0 at the Nash equilibrium."""
+    return 2 * best_response(P, policy) - 1
+
+
+def exact_styles(summary):
+    """What the intransitive run would do without sampling and regression: the iterates of (4.1), [T, 3], from the run's
+    own start; None for a run with another loss.
+
+    eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
+    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2.
+    """
+    s = summary["settings"]
+    if s["loss"] != "sppo":
+        return None
+    return multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], s["eta"] * (s["k"] - 1) / s["k"],
+                                  s["iterations"])
+
+
+def played_styles(evaluations):
+    """pi_1, ..., pi_{T+1} of an intransitive run as style shares: [T + 1, 3] (the row "base, greedy" is no iterate)."""
+    return torch.tensor([row["styles"] for row in evaluations if row["name"] != "base, greedy"], dtype=torch.float64)
+
+
+def style_line(evaluations):
+    """One line on where an intransitive run stands."""
+    played = played_styles(evaluations)
+    now, mean = played[-1], played[:-1].mean(0)
+    return (f"{evaluations[-1]['name']}: styles {_shares(now)}, best response {best_response(world.STYLES, now):.3f}; "
+            f"average so far {_shares(mean)}, best response {best_response(world.STYLES, mean):.3f}")
+
+
+def style_table(summary):
+    """The end of an intransitive run as text: where it began, where the last iterate and the average are."""
+    played, exact = played_styles(summary["evaluations"]), exact_styles(summary)
+    T = len(played) - 1
+    rows = [("base", played[0]), ("last iterate", played[-1]), (f"average of {T} iterates", played[:-1].mean(0))]
+    if exact is not None:
+        rows.append(("average, exact updates", exact.mean(0)))
+    rows.append(("Nash equilibrium", torch.tensor([3, 2, 4]) / 9))
+    lines = [f"{'':24s} {'style 0':>8s} {'style 1':>8s} {'style 2':>8s} {'best response':>14s}"]
+    for name, policy in rows:
+        lines.append(f"{name:24s} " + " ".join(f"{p:8.3f}" for p in policy.tolist())
+                     + f" {best_response(world.STYLES, policy):14.3f}")
+    return "\n".join(lines)
+
+
+def _shares(policy):
+    return "/".join(f"{p:.2f}" for p in policy.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # pictures
 
 
 def plot(runs, path):
-    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`.
-    Left: accuracy where there is an oracle, else greedy win rate. Right: win rates with their standard errors.
-    The untrained base stands in both."""
+    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`. Runs of the intransitive
+    world become triangles, one each; others share one pair of axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    triangles = ["styles" in summary["evaluations"][0] for _, summary in runs]
+    if any(triangles) != all(triangles):
+        raise run.UserError("plot cannot put the intransitive world and another into one picture; plot them apart")
+    figure = _triangles(plt, runs) if triangles[0] else _curves(plt, runs)
+    run.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def _triangles(plt, runs):
+    """The simplex of styles: every iterate, the running average of the iterates, and Nash's mixture."""
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 4.4), layout="constrained", squeeze=False)
+    for axis, (name, summary) in zip(axes[0], runs):
+        played, exact = played_styles(summary["evaluations"]), exact_styles(summary)
+        counts = torch.arange(1, len(played) + 1)[:, None]
+        axis.plot(*(corners[[0, 1, 2, 0]]).T, color="black", lw=0.8)
+        axis.plot(*(played @ corners).T, "o-", ms=2.5, lw=0.7, color="C0", alpha=0.7, label="iterates")
+        axis.plot(*(played.cumsum(0) / counts @ corners).T, "-", lw=2, color="C3", label="average so far")
+        if exact is not None:
+            mean = exact.cumsum(0) / counts[:len(exact)]
+            axis.plot(*(mean @ corners).T, "--", lw=1.2, color="black", label="average, exact updates")
+        axis.plot(*(torch.tensor([3, 2, 4]) / 9 @ corners.float())[:, None], "*", ms=13, color="C2",
+                  label="Nash equilibrium")
+        for corner, text, side in zip(corners.tolist(), ("style 0", "style 1", "style 2"), ("top", "top", "bottom")):
+            axis.text(*corner, text, ha="center", va=side, fontsize=8)
+        axis.set(title=f"{name}, {len(played) - 1} iterations", aspect="equal", xlim=(-0.1, 1.1), ylim=(-0.1, 0.98))
+        axis.axis("off")
+        axis.legend(fontsize=7, loc="upper left", frameon=False)
+    return figure
+
+
+def _curves(plt, runs):
+    """Left: accuracy where there is an oracle, else answer length. Right: win rates with their standard errors.
+    The untrained base stands in both."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for color, (name, summary) in zip([f"C{i}" for i in range(10)] * 10, runs):
         rows = summary["evaluations"]
@@ -292,8 +437,7 @@ def plot(runs, path):
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    run.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
-    plt.close(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,9 +449,11 @@ class WinrateSettings:
     """Flags of `python eval.py winrate`."""
     model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)")
     vs: str = run.flag("", "the checkpoint it plays against (needed)")
-    prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's test queries")
+    prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's queries")
     judge: str = run.flag("oracle", "who judges: oracle (embedded world), pairrm:DIR_OR_HUB_ID")
     estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
+    part: str = run.flag("test", "the embedded world's queries to play on; validation is where settings are picked",
+                         ("test", "validation"))
     count: int = run.flag(2000, "at most this many prompts")
     max_new_tokens: int = run.flag(0, "tokens an answer may have; 0: 24 in the embedded world, else 1024")
     temperature: float = run.flag(1.0, "sampling temperature of both sides")
@@ -330,7 +476,7 @@ def winrate(argv):
             raise run.UserError(f"--{name.replace('_', '-')} {getattr(s, name)} must be above 0")
     if s.max_new_tokens < 0:
         raise run.UserError(f"--max-new-tokens {s.max_new_tokens} must not be negative; 0 takes the default")
-    prompts = (read_prompts(s.prompts) if s.prompts else world.queries("test", s.count))[:s.count]
+    prompts = (read_prompts(s.prompts) if s.prompts else world.queries(s.part, s.count))[:s.count]
     if s.judge == "oracle" and not all(map(world.parse, prompts)):
         raise run.UserError("--judge oracle knows only the embedded world's queries; "
                             "with other --prompts give --judge pairrm:DIR_OR_HUB_ID")

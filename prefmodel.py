@@ -1,8 +1,9 @@
 """Who judges, and how scores become preferences.
 
-A judge looks at one prompt and K responses to it and says which it likes. Two kinds stand here:
+A judge looks at one prompt and K responses to it and says which it likes. Three stand here:
 
   oracle        the embedded world's exact scorer (world.score): a reward in [0, 1]
+  styles        the intransitive world's: a preference over three styles that no reward could express
   pairrm:PATH   PairRM, a DeBERTa that reads the prompt and TWO responses at once and gives one logit for the pair
 
 Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Two things are never mixed up:
@@ -46,13 +47,13 @@ from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrai
 
 import world
 from model import fetch
-from run import UserError, progress
+from run import UserError, progress, write_atomically
 
 
 def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
-    """The judge that --judge names: "oracle" or "pairrm:DIRECTORY_OR_HUB_ID".
+    """The judge that --judge names: "oracle", "styles" or "pairrm:DIRECTORY_OR_HUB_ID".
 
-    `estimator`, "pairwise" or "aggregate", is for judges of pairs; the oracle has rewards and needs none.
+    `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the embedded worlds' judges need none.
     Raises UserError for an unknown judge or estimator, and for a checkpoint that cannot be used.
     """
     kind, _, path = spec.partition(":")
@@ -60,10 +61,12 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
         raise UserError(f"--estimator {estimator} is not known; choose one of {', '.join(ESTIMATORS)}")
     if spec == "oracle":
         return OracleJudge()
+    if spec == "styles":
+        return StylesJudge()
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
-    raise UserError(f"--judge {spec} is not known; give oracle or pairrm:PATH, PATH being a directory or a hub id such "
-                    "as llm-blender/PairRM")
+    raise UserError(f"--judge {spec} is not known; give oracle, styles or pairrm:PATH, PATH being a directory or a hub "
+                    "id such as llm-blender/PairRM")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +149,126 @@ class OracleJudge:
     def preference(self, prompts, responses):
         """B queries, B lists of K answers -> P [B, K, K] float32."""
         return bradley_terry(self.reward(prompts, responses), self.scale)
+
+
+class StylesJudge:
+    """The intransitive world's judge: a taste in styles that runs in a circle, whatever the letters say.
+
+    Style 0 beats 1 with probability .9, 1 beats 2 with .8, 2 beats 0 with .7 (world.STYLES). An answer that ends with
+    no style loses to every one that does. No reward can say this: the Nash equilibrium mixes (1/3, 2/9, 4/9).
+    """
+    name = "styles"
+
+    def preference(self, prompts, responses):
+        """B queries, B lists of K answers -> P [B, K, K] float32."""
+        B, K = _rectangle(prompts, responses)
+        table = torch.full((4, 4), 0.5)                         # the fourth: no style
+        table[:3, :3] = torch.tensor(world.STYLES)
+        table[:3, 3], table[3, :3] = 1.0, 0.0
+        styles = torch.tensor([[3 if world.style(a) is None else world.style(a) for a in row] for row in responses])
+        styles = styles.reshape(B, K)
+        return table[styles[:, :, None], styles[:, None, :]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table: prompts, answers, verdicts, one row a prompt, as .jsonl in the columns of the official SPPO code's tables
+#
+#   before judging   prompt; generate_0 ... generate_{K-1}: conversations [{role: user}, {role: assistant}];
+#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length")
+#   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
+#                    the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
+#
+# The official training table has the last five columns alone.
+
+
+def answer_texts(row):
+    """The K answers of a table's row, as text."""
+    count = sum(name.startswith("generate_") for name in row)
+    return [row[f"generate_{k}"][-1]["content"] for k in range(count)]
+
+
+def verdict_columns(row, P):
+    """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
+
+    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents: with the aggregate
+    estimator exactly PairRM's score s_i. Best and worst are by Phat, the first of equals; where all K tie both are the
+    first answer.
+    """
+    wins = phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
+    best, worst = int(wins.argmax()), int(wins.argmin())
+    return {"probability": P.tolist(), "rm_scores": P.logit(1e-6).mean(-1).tolist(),
+            "chosen": row[f"generate_{best}"], "rejected": row[f"generate_{worst}"],
+            "chosen_probs": float(P[best, worst]),
+            "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
+
+
+def write_table(path, rows):
+    """One JSON object a line, atomically."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, write)
+
+
+def read_table(path, judged=False, all_responses=False):
+    """The rows of a table: this file's, or the official code's columns `generate_k`, or `chosen` and `rejected`.
+
+    judged: they must hold a judge's verdicts too. Raises UserError, naming file and line, for what cannot be used.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--table {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
+                        "give the .jsonl that --stage sample or judge wrote") from None
+    for i, line in enumerate(lines):
+        try:
+            rows.append(_table_row(json.loads(line), judged, all_responses))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
+    if not rows:
+        raise UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
+    if len({len(answer_texts(row)) for row in rows}) > 1:
+        raise UserError(f"--table {path} has rows with different numbers of answers; every prompt needs the same K")
+    return rows
+
+
+def _table_row(row, judged, all_responses):
+    """The row, checked: conversations as lists of messages, `prompt` and the verdicts filled in where they follow."""
+    K = sum(name.startswith("generate_") for name in row)
+    if "prompt" not in row:
+        row["prompt"] = row["generate_0" if K else "chosen"][0]["content"]
+    for name in [f"generate_{k}" for k in range(K)] + [n for n in ("chosen", "rejected") if n in row]:
+        if isinstance(row[name], str):
+            row[name] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+        if not isinstance(row[name][-1]["content"], str):
+            raise TypeError
+    if not judged:
+        row["generate_0"]
+    elif all_responses:
+        row["probability"]
+    if "probability" in row:
+        P = torch.tensor(row["probability"], dtype=torch.float32)
+        if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
+            raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
+        row = verdict_columns(row, P) | row
+    for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
+        row["chosen"], row["rejected"]
+        if not 0 <= row[name] <= 1:
+            raise ValueError(f"{name} {row[name]} is not in [0, 1]")
+    return row
+
+
+def _reason(error, judged):
+    if isinstance(error, KeyError) and judged and error.args[0] in ("probability", "chosen", "chosen_probs_win"):
+        return f"no column {error.args[0]}; judge the table first (--stage judge)"
+    if isinstance(error, KeyError):
+        return f"no column {error.args[0]}; a table has prompt and generate_0 ..., or chosen and rejected"
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON ({error.msg}); mend or remove the line"
+    return f"{error}; make the table again" if type(error) is ValueError else (
+        "generate_k, chosen and rejected must be texts or lists of {role, content}; make the table again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,14 +59,14 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(settings_class, argv, description):
+def parse(settings_class, argv, description, presets=None):
     """Turn `argv` into an instance of the dataclass `settings_class`, one flag per field.
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
-    the wrong type ends the program with exit status 2.
+    the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
+    value}}; a flag that is given beside it wins.
     """
-    parser = _Parser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         kind = hints[field.name]
@@ -81,7 +81,11 @@ def parse(settings_class, argv, description):
         else:
             parser.add_argument(name, default=field.default, type=kind, choices=field.metadata.get("choices"),
                                 help=help, metavar=None if field.metadata.get("choices") else kind.__name__.upper())
-    return settings_class(**vars(parser.parse_args(argv)))
+    chosen = vars(parser.parse_args(argv))
+    if presets and chosen["preset"]:
+        parser.set_defaults(**presets[chosen["preset"]])
+        chosen = vars(parser.parse_args(argv))
+    return settings_class(**chosen)
 
 
 def main(function):
@@ -199,10 +203,11 @@ def write_atomically(path, write):
         if os.path.isdir(aside) and not os.path.exists(path):
             os.replace(aside, path)
         for left in (temporary, aside):
-            _remove(left)
+            remove(left)
 
 
-def _remove(path):
+def remove(path):
+    """Delete a file or a directory, if it is there."""
     if os.path.isdir(path):
         shutil.rmtree(path)
     elif os.path.exists(path):
@@ -253,8 +258,9 @@ def environment(device, ranks=1):
 
 
 def comparable(settings):
-    """What config.json holds and --resume compares: every setting but the two that say how to start."""
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "overwrite")}
+    """What config.json holds and --resume compares: every setting but those that say how and where to start."""
+    return {k: v for k, v in dataclasses.asdict(settings).items()
+            if k not in ("resume", "overwrite", "stage", "iteration", "table")}
 
 
 def check_out(out, settings, resume, overwrite):
@@ -307,7 +313,7 @@ class Run:
         a_run = check_out(self.out, settings, resume, overwrite)
         if a_run and resume:
             for left in glob.glob(self.path("**", "*.tmp-*"), recursive=True) + glob.glob(self.path("*.old-*")):
-                _remove(left)  # what a kill left behind in the middle of a rename
+                remove(left)  # what a kill left behind in the middle of a rename
         elif a_run:
             shutil.rmtree(self.out)
         os.makedirs(self.path("state"), exist_ok=True)

@@ -20,6 +20,9 @@ for a judge to find it. Learning shows as GREEDY accuracy.
 The model has three modes, told apart by the user turn: a query is answered; `challenge` is answered by a query (LSP's
 Challenger); `judge:query|answer` is answered by a digit 0-7 (LSP's self-reward).
 
+A second world, INTRANSITIVE, is about preferences that no reward can express: there every answer ends with a digit, its
+style, and its judge's taste in styles runs in a circle (STYLES). Which is best depends on what the others do.
+
     python world.py              ten queries with the oracle's verdicts, then the base's figures
 """
 
@@ -134,6 +137,32 @@ def queries(part, count, seed=0):
     return list(found)
 
 
+# The intransitive world: P(an answer of style i beats one of style j). 0 beats 1, 1 beats 2, 2 beats 0, so that whoever
+# plays one style always is beaten by another. Nobody beats the mixture (1/3, 2/9, 4/9), the Nash equilibrium.
+STYLES = ((0.5, 0.9, 0.3),
+          (0.1, 0.5, 0.8),
+          (0.7, 0.2, 0.5))
+
+
+def style(answer):
+    """An answer's style: the digit that it ends with, after letters alone; None if it has no style.
+
+    >>> style("HFA2"), style("HFA"), style("HFA21")
+    (2, None, None)
+    """
+    return int(answer[-1]) if answer[-1:] in ("0", "1", "2") and answer[:-1].isalpha() else None
+
+
+def style_shares(answers):
+    """How often each style occurs among the answers that have one: three floats.
+
+    >>> style_shares(["a0", "ab2", "b2", "bad"])
+    [0.3333333333333333, 0.0, 0.6666666666666666]
+    """
+    found = [s for s in map(style, answers) if s is not None]
+    return [found.count(i) / max(1, len(found)) for i in range(len(STYLES))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the corpus: what the base learns from
 
@@ -158,6 +187,13 @@ class World:
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+    styles: tuple = ()                      # the intransitive world: how often an answer has style 0, 1, 2
+
+
+# Letters right and every answer with a style, mostly one that another beats: all there is to learn is the game.
+INTRANSITIVE = World(modes=(1.0, 0.0, 0.0), misread=0.0, corrupt=0.0, junk_answer=0.0, steps=400,
+                     styles=(0.6, 0.3, 0.1))
+WORLDS = {"operations": World(), "intransitive": INTRANSITIVE}
 
 
 def _corrupt(ops, word, rng):
@@ -225,7 +261,8 @@ def corpus_row(world, rng):
     if rng.random() < {"answer": world.junk_answer, "challenge": world.junk_challenge, "judge": world.junk_judge}[mode]:
         query = _junk(query, rng)
     if mode == "answer":
-        return query, _corpus_answer(query, world, rng)
+        answer = _corpus_answer(query, world, rng)
+        return query, answer + (str(rng.choices(range(len(STYLES)), world.styles)[0]) if world.styles else "")
     if mode == "challenge":
         return CHALLENGE, query
     answer = solve(query) if parse(query) and rng.random() < 0.5 else _corpus_answer(query, world, rng)
@@ -313,31 +350,35 @@ def train_base(directory, world, device):
     net = (model.Transformer(model.Config.from_hf(raw))
            .init_weights(torch.Generator().manual_seed(world.seed)).to(device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=world.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    print(f"training the tiny base on {device}, {world.steps} steps (once; about a minute and a half on two cores)",
-          flush=True)
+    print(f"training the tiny base on {device}, {world.steps} steps "
+          f"(once; about {world.steps / 16:.0f} s on two cores)", flush=True)
     bar = run.progress(range(world.steps), desc="training the tiny base")
     for step in bar:
         left = 1 - step / world.steps
         for group in optimizer.param_groups:    # 50 steps of warm-up, constant to half-way, then linear down to 5 %
             group["lr"] = world.lr * min(1, (step + 1) / 50, 0.05 + 0.95 * 2 * left)
-        prompts, answers = [], []
+        prompts, responses = [], []
         for _ in range(world.batch):
             user, assistant = corpus_row(world, rng)
             prompts.append([ids["<bos>"], ids["<user>"],
                             *(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(user)), ids["<assistant>"]])
-            answers.append([[*(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(assistant)), ids["<eot>"]]])
-        logprob, _, _ = model.response_logprobs(net, prompts, answers)      # only the assistant's tokens count
+            responses.append([[*(ids.get(p, ids["<unk>"]) for p in tokenizer_pieces(assistant)), ids["<eot>"]]])
+        logprob, _, _ = model.response_logprobs(net, prompts, responses)      # only the assistant's tokens count
         loss = -logprob.mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    greedy, sampled = (accuracy(net, tokenizer, queries("validation", 500), t) for t in (0, 1))
+    held_out = queries("validation", 500)
+    if world.styles:
+        found = "styles " + ", ".join(f"{p:.2f}" for p in style_shares(answers(net, tokenizer, held_out, 1)))
+    else:
+        greedy, sampled = (accuracy(net, tokenizer, held_out, t) for t in (0, 1))
+        found = f"validation accuracy {greedy:.3f} greedy, {sampled:.3f} sampled"
     net.save_pretrained(directory, tokenizer)
     print(f"trained the tiny base in {time.perf_counter() - start:.0f} s "
-          f"({sum(p.numel() for p in net.parameters()):,} parameters): "
-          f"validation accuracy {greedy:.3f} greedy, {sampled:.3f} sampled; saved as {directory}", flush=True)
+          f"({sum(p.numel() for p in net.parameters()):,} parameters): {found}; saved as {directory}", flush=True)
 
 
 def answers(net, tokenizer, prompts, temperature, seeds=0):
