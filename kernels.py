@@ -31,16 +31,26 @@ CHUNK_T, CHUNK_V = 1024, 4096
 # log-probabilities
 
 
-def linear_logprob_reference(hidden, weight, target):
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), elementwise: x where it is small, never beyond (-cap, cap). With cap None, x itself.
+
+    >>> soft_cap(torch.tensor([0.5, -1000.0]), 30.0)
+    tensor([  0.5000, -30.0000])
+    """
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def linear_logprob_reference(hidden, weight, target, softcap=None):
     """What `linear_logprob` computes, in the obvious way: materialises [T, V] in float32.
     For checks and as the definition."""
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    return soft_cap((hidden @ weight.T).float(), softcap).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
 
 
-def linear_logprob(hidden, weight, target):
-    """log softmax(hidden @ weight.T)[target] in float32, never holding more than one tile of the logits.
+def linear_logprob(hidden, weight, target, softcap=None):
+    """log softmax(hidden @ weight.T)[target] in float32, never holding more than a few tiles of the logits.
 
     hidden [T, H] and weight [V, H] of one floating dtype and device, target [T] int64 in [0, V)  ->  [T] float32.
+    softcap: None, or Gemma 2's bound on the logits, which become softcap * tanh(logits / softcap), in float32.
     Gradients flow to hidden and weight. Cost: one matrix product forward; backward recomputes it and adds the two
     products every linear layer has (four where the naive way needs three: the price of the memory).
 
@@ -48,7 +58,7 @@ def linear_logprob(hidden, weight, target):
     >>> linear_logprob(h, w, torch.tensor([1])).exp()                                        # 3 / (1 + 3)
     tensor([0.7500])
     """
-    return _LinearLogprob.apply(hidden, weight, target)
+    return _LinearLogprob.apply(hidden, weight, target, softcap)
 
 
 def _tiles(length, size):
@@ -57,14 +67,14 @@ def _tiles(length, size):
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target):
+    def forward(ctx, hidden, weight, target, softcap):
         T, V = hidden.shape[0], weight.shape[0]
         lse = torch.full((T,), -math.inf, device=hidden.device)     # running log sum exp over the vocabulary
         picked = torch.zeros(T, device=hidden.device)               # the target's logit, once its tile comes by
         for v in _tiles(V, CHUNK_V):
             w = weight[v].T
             for t in _tiles(T, CHUNK_T):
-                logits = (hidden[t] @ w).float()                    # [t, v]
+                logits = soft_cap((hidden[t] @ w).float(), softcap)         # [t, v]
                 local = target[t] - v.start
                 inside = (local >= 0) & (local < logits.shape[1])
                 at = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
@@ -73,6 +83,7 @@ class _LinearLogprob(torch.autograd.Function):
                 part = logits.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))   # in place: no second tile
                 lse[t] = torch.logaddexp(lse[t], part)
         ctx.save_for_backward(hidden, weight, target, lse)
+        ctx.softcap = softcap
         return picked - lse
 
     @staticmethod
@@ -90,10 +101,14 @@ class _LinearLogprob(torch.autograd.Function):
             if need_w:  # a float32 gradient is its own accumulator
                 d_w = d_weight[v] if weight.dtype == torch.float32 else torch.empty(w.shape, device=w.device)
             for t in _tiles(T, CHUNK_T):
-                p = (hidden[t] @ w.T).float().sub_(lse[t, None]).exp_().mul_(-grad[t, None])  # -g softmax
+                logits = soft_cap((hidden[t] @ w.T).float(), ctx.softcap)
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2   # d capped / d logit
+                p = logits.sub_(lse[t, None]).exp_().mul_(-grad[t, None])   # -g softmax, in the logits' place
                 local = target[t] - v.start
                 inside = (local >= 0) & (local < p.shape[1])
                 p.scatter_add_(1, local.clamp(0, p.shape[1] - 1)[:, None], torch.where(inside, grad[t], 0.0)[:, None])
+                if slope is not None:
+                    p *= slope
                 p = p.to(hidden.dtype)                              # d loss / d logits, [t, v]
                 if need_h:
                     _add_product(d_hidden[t], p, w)
@@ -101,7 +116,7 @@ class _LinearLogprob(torch.autograd.Function):
                     _add_product(d_w, p.T, hidden[t], fresh=t.start == 0)
             if need_w and d_w.dtype != weight.dtype:
                 d_weight[v] = d_w
-        return d_hidden.to(hidden.dtype) if need_h else None, d_weight, None
+        return d_hidden.to(hidden.dtype) if need_h else None, d_weight, None, None
 
 
 def _add_product(out, a, b, fresh=False):

@@ -1,4 +1,5 @@
-"""The decoder transformer of the Llama, Mistral, Qwen2 and Qwen3 families, its KV cache, and Hugging Face checkpoints.
+"""The decoder transformer of the Llama, Mistral, Qwen2, Qwen3 and Gemma 2 families, its KV cache, and Hugging Face
+checkpoints.
 
 The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone)
 except for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a
@@ -11,6 +12,11 @@ except for attention, which decides what each token may look at. So the network 
 
 All three run the same lines of `Layer.forward`, for the 337k-parameter toy and for a 7B checkpoint alike.
 
+The first four differ in a bias, a norm or a window. Gemma 2 bounds whatever could grow: embeddings leave the table with
+unit variance (times sqrt(H), since the tied head wants rows of length 1), each sublayer's output is normed once more
+before it joins the residual stream, attention scores and logits are bent into (-cap, cap) by a tanh. Its norm weights
+are stored as the distance from 1, so that weight decay and fresh zeros both mean "no change".
+
 Shape legend, for the whole project:  B prompts, K (or n) responses each, T tokens, N packed tokens, R rows, H hidden,
 V vocabulary; nh query heads, nkv key/value heads, hd head dimension; L tokens held by a cache row.
 """
@@ -22,6 +28,7 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 import run
@@ -50,6 +57,10 @@ class Config:
     mlp_bias: bool = False
     qk_norm: bool = False            # Qwen3: RMSNorm over each query's and key's head_dim
     windows: tuple = ()              # per layer: None, or how many latest tokens (itself included) a token sees
+    gemma: bool = False              # norms times 1 + weight, also after each sublayer; embeddings times sqrt(H); GELU
+    attention_scale: float = None    # factor on the scores, None = head_dim ** -0.5
+    attention_cap: float = None      # scores become cap * tanh(score / cap)
+    logit_cap: float = None          # so do the logits
     raw: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -57,26 +68,50 @@ class Config:
         """Read a config.json, in the spelling of transformers 5 or older.
         Raises UserError for what is not supported."""
         family = raw.get("model_type")
-        if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        if family not in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
             raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
-                                "give a llama, mistral, qwen2 or qwen3 checkpoint")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise run.UserError(f"{where} has hidden_act {raw['hidden_act']!r}; only silu is supported")
+                                "give a llama, mistral, qwen2, qwen3 or gemma2 checkpoint")
+        c = {**MISSING.get(family, {}), **raw}
+        key, act = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
+        if c.get(key, act) != act:
+            raise run.UserError(f"{where} has {key} {c[key]!r}; only {act} is supported")
         try:
-            heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
-            attention_bias = raw.get("attention_bias", False)
+            heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
+            attention_bias = c.get("attention_bias", False)
             return cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-                num_layers=layers, num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                max_positions=raw.get("max_position_embeddings", 2048), norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope=_read_rope(raw, where), tied=raw.get("tie_word_embeddings", False),
+                vocab_size=c["vocab_size"],
+                hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
+                num_layers=layers, num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
+                head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+                max_positions=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
+                rope=_read_rope(c, where), tied=c.get("tie_word_embeddings", False),
                 qkv_bias=family == "qwen2" or attention_bias, out_bias=family != "qwen2" and attention_bias,
-                mlp_bias=raw.get("mlp_bias", False), qk_norm=family == "qwen3",
-                windows=_read_windows(raw, family, layers), raw=raw)
+                mlp_bias=c.get("mlp_bias", False), qk_norm=family == "qwen3",
+                windows=_read_windows(c, family, layers, where), **_read_gemma(c, family, where), raw=raw)
         except KeyError as error:
             raise run.UserError(f"{where} lacks {error}; is it a complete Hugging Face checkpoint?") from None
+
+
+# What transformers fills in for a key that config.json leaves out, where that is not what it fills in for Llama
+MISSING = {
+    "mistral": dict(sliding_window=4096),
+    "gemma2": dict(num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
+                   final_logit_softcapping=30.0, sliding_window=4096, max_position_embeddings=8192,
+                   tie_word_embeddings=True)}
+
+
+def _read_gemma(c, family, where):
+    if family != "gemma2":
+        return {}
+    if c.get("use_bidirectional_attention"):
+        raise run.UserError(f"{where} has use_bidirectional_attention; only causal attention is supported")
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        if c[key] is None and key != "query_pre_attn_scalar":
+            continue                                                        # null: no cap
+        if not isinstance(c[key], (int, float)) or not c[key] > 0:
+            raise run.UserError(f"{where} has {key} {c[key]!r}; it must be a positive number")
+    return dict(gemma=True, attention_scale=c["query_pre_attn_scalar"] ** -0.5,
+                attention_cap=c["attn_logit_softcapping"], logit_cap=c["final_logit_softcapping"])
 
 
 def _read_rope(raw, where):
@@ -93,15 +128,20 @@ def _read_rope(raw, where):
     return rope
 
 
-def _read_windows(raw, family, layers):
-    window = raw.get("sliding_window", 4096 if family == "mistral" else None)   # transformers' default of a missing key
+def _read_windows(c, family, layers, where):
+    window, kinds = c.get("sliding_window"), c.get("layer_types")
     if window is None or family == "llama":
         return (None,) * layers
     if family == "mistral":
         return (window,) * layers
-    if raw.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in raw["layer_types"])
-    first = raw.get("max_window_layers", layers) if raw.get("use_sliding_window") else layers
+    if kinds:
+        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise run.UserError(f"{where} has layer_types that are not {layers} times sliding_attention "
+                                "or full_attention; download it again")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if family == "gemma2":
+        return tuple(None if i % 2 else window for i in range(layers))      # every other layer, the first slides
+    first = c.get("max_window_layers", layers) if c.get("use_sliding_window") else layers
     return tuple(window if i >= first else None for i in range(layers))
 
 
@@ -109,22 +149,40 @@ def _read_windows(raw, family, layers):
 # views: who attends to whom
 
 
-def _attend(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd], mask [.., T, S] -> [R, T, nh, hd].
+def _attend(q, k, v, mask, scale, cap):
+    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd] -> [R, T, nh, hd].
+    mask [.., T, S]: boolean (True = seen), or added to the scores; None = causal.
 
     With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it:
     torch's memory-saving kernels take a mask or grouped heads, not both.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    if mask is None or groups == 1:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+    if mask is None and cap is not None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, scale=scale)
+    elif groups == 1:
+        out = _weigh(q, k, v, mask, scale, cap)
     else:
         folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                 # [R, nkv, groups * T, hd]
         if mask.shape[-2] < folded.shape[-2]:
             mask = torch.cat([mask] * groups, -2)
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(q.shape)
+        out = _weigh(folded, k, v, mask, scale, cap).view(q.shape)
     return out.transpose(1, 2)
+
+
+def _weigh(q, k, v, mask, scale, cap):
+    """softmax(q k^T * scale + mask) v over the last two dimensions, the scores capped before the mask.
+
+    torch's fused kernels have no place for a cap. With one, a layer's scores are held in memory, in float32, and two
+    such tensors are kept for its backward pass: a reason to train Gemma 2 with activation_checkpointing.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = kernels.soft_cap((q @ k.mT).float() * (scale or q.shape[-1] ** -0.5), cap)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class CausalRows:
@@ -135,13 +193,13 @@ class CausalRows:
         self.positions = torch.arange(T, device=device).repeat(B)                         # [B*T]
         self.device = device
 
-    def attend(self, layer, q, k, v, window):
+    def attend(self, layer, q, k, v, window, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
         if window is None or window >= self.shape[1]:
-            return _attend(q, k, v, causal=True).flatten(0, 1)
+            return _attend(q, k, v, None, scale, cap).flatten(0, 1)
         at = torch.arange(self.shape[1], device=self.device)
-        return _attend(q, k, v, mask=_causal(at[:, None], at[None], window)).flatten(0, 1)
+        return _attend(q, k, v, _causal(at[:, None], at[None], window), scale, cap).flatten(0, 1)
 
 
 def _causal(query_at, key_at, window):
@@ -215,7 +273,7 @@ class SharedPrefix:
         self.source = source                                                  # [M] index into the pack
         self.target = self.tokens[len(self.tokens) - len(row):]               # [M] the response tokens themselves
 
-    def attend(self, layer, q, k, v, window):
+    def attend(self, layer, q, k, v, window, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         if self.keep_kv:
             self.kv.append((k.clone(), v.clone()))      # copies: the slices would keep the whole qkv product alive
@@ -224,7 +282,7 @@ class SharedPrefix:
         if window is not None and window < p.shape[1]:
             at = torch.arange(p.shape[1], device=p.device)
             mask = _causal(at[:, None], at[None], window)
-        out = [_attend(_take(q, p), _take(k, p), _take(v, p), mask, causal=mask is None).flatten(0, 1)]
+        out = [_attend(_take(q, p), _take(k, p), _take(v, p), mask, scale, cap).flatten(0, 1)]
         if self.rows:
             if window not in self.masks:                                    # the same for every layer with this window
                 seen = _causal(self.query_at[:, :, None], self.key_at[:, None, :], window)
@@ -235,7 +293,7 @@ class SharedPrefix:
                                       .masked_fill_(~seen, -math.inf)[:, None])
             keys = self.key_index
             out.append(_attend(_take(q, self.row_index), _take(k, keys), _take(v, keys),
-                               self.masks[window]).flatten(0, 1))
+                               self.masks[window], scale, cap).flatten(0, 1))
         return torch.cat(out).index_select(0, self.unpad)
 
 
@@ -306,7 +364,7 @@ class KVCache:
         self.lengths[:R] += 1
         self.masks = {}
 
-    def attend(self, layer, q, k, v, window):
+    def attend(self, layer, q, k, v, window, scale=None, cap=None):
         """q [R, nh, hd], k and v [R, nkv, hd] -> [R, nh, hd].
 
         The nh/nkv query heads that share a key head are laid out as that many query *positions*, so keys and values are
@@ -319,8 +377,8 @@ class KVCache:
             seen = _causal(self.positions[:, None], self.columns[None, :L], window)
             self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
                                   .masked_fill_(~seen, -math.inf)[:, None, None])
-        out = F.scaled_dot_product_attention(q.view(R, nkv, -1, q.shape[-1]), self.k[layer, :R, :, :L],
-                                             self.v[layer, :R, :, :L], attn_mask=self.masks[window])
+        out = _weigh(q.view(R, nkv, -1, q.shape[-1]), self.k[layer, :R, :, :L], self.v[layer, :R, :, :L],
+                     self.masks[window], scale, cap)
         return out.reshape(R, -1, q.shape[-1])
 
 
@@ -328,35 +386,52 @@ class KVCache:
 # the network
 
 
+def _norm_weight(c):
+    """A norm's weight that changes nothing: ones, or where 1 is added to it, zeros."""
+    return nn.Parameter((torch.zeros if c.gemma else torch.ones)(c.hidden_size))
+
+
+def _norm(x, weight, c):
+    """RMSNorm over H. Gemma's 1 + weight is formed in float32: in bfloat16, weights below 1/256 would vanish in it."""
+    if not c.gemma:
+        return F.rms_norm(x, x.shape[-1:], weight, c.norm_eps)
+    return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float(), c.norm_eps).to(x.dtype)
+
+
 class Layer(nn.Module):
     """One block. Queries, keys and values come from one product, gate and up from another: fewer, larger products."""
 
     def __init__(self, c):
         super().__init__()
-        self.nh, self.nkv, self.hd, self.eps = c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps
-        self.norm1 = nn.Parameter(torch.ones(c.hidden_size))
+        self.config, self.nh, self.nkv, self.hd = c, c.num_heads, c.num_kv_heads, c.head_dim
+        self.norm1 = _norm_weight(c)
         self.qkv = nn.Linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.qkv_bias)
         self.q_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
         self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
-        self.norm2 = nn.Parameter(torch.ones(c.hidden_size))
+        self.norm1_out = _norm_weight(c) if c.gemma else None       # on what attention adds to x
+        self.norm2 = _norm_weight(c)
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.norm2_out = _norm_weight(c) if c.gemma else None       # on what the MLP adds
 
     def forward(self, x, cos, sin, view, layer, window):
         """x [N, H]; cos, sin [N, 1, hd] -> [N, H]."""
-        nh, nkv, hd = self.nh, self.nkv, self.hd
-        qkv = self.qkv(F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)).view(len(x), nh + 2 * nkv, hd)
+        c, nh, nkv, hd = self.config, self.nh, self.nkv, self.hd
+        qkv = self.qkv(_norm(x, self.norm1, c)).view(len(x), nh + 2 * nkv, hd)
         qk, v = qkv[:, :nh + nkv], qkv[:, nh + nkv:]
         if self.q_norm is not None:
-            qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, self.eps),
-                            F.rms_norm(qk[:, nh:], (hd,), self.k_norm, self.eps)], 1)
+            qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, c.norm_eps),
+                            F.rms_norm(qk[:, nh:], (hd,), self.k_norm, c.norm_eps)], 1)
         # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves;
         # the minus sign of the rotation is already in `sin`.
         qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
-        x = x + self.o(view.attend(layer, qk[:, :nh], qk[:, nh:], v, window).flatten(1))
-        gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        y = view.attend(layer, qk[:, :nh], qk[:, nh:], v, window, c.attention_scale, c.attention_cap)
+        y = self.o(y.flatten(1))
+        x = x + (_norm(y, self.norm1_out, c) if c.gemma else y)
+        gate, up = self.gate_up(_norm(x, self.norm2, c)).chunk(2, -1)
+        y = self.down((F.gelu(gate, approximate="tanh") if c.gemma else F.silu(gate)) * up)
+        return x + (_norm(y, self.norm2_out, c) if c.gemma else y)
 
 
 class Transformer(nn.Module):
@@ -368,11 +443,14 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.norm = _norm_weight(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self._rope_table = None
+        # True: backward recomputes each layer from its input. Only that input is then kept, H numbers a token and layer
+        # instead of some 20 H. It costs one more forward (a third more time) and leaves every gradient as it was.
+        self.activation_checkpointing = False
 
     @torch.no_grad()
     def init_weights(self, generator):
@@ -383,6 +461,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             for linear, scale in ((layer.qkv, 1), (layer.o, depth), (layer.gate_up, 1), (layer.down, depth)):
                 linear.weight.normal_(0, scale * linear.in_features**-0.5, generator=generator)
+                if linear.bias is not None:
+                    linear.bias.zero_()
         if not self.config.tied:
             self.head.weight.normal_(0, self.config.hidden_size**-0.5, generator=generator)
         return self
@@ -401,17 +481,24 @@ class Transformer(nn.Module):
         tokens [B, T] int64, rows right-padded, positions from 0 -> [B, T, H];
         or, with a `view`, a flat pack [N] -> [N, H].
         """
+        c = self.config
         if view is None:
             view = CausalRows(*tokens.shape, tokens.device)
         cos, sin = self._rope(view.positions, view.max_position)
         x = self.embed(tokens.flatten())
+        if c.gemma:
+            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)     # rounded to bfloat16 first, as it was trained
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, view, i, self.config.windows[i] if self.config.windows else None)
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps).view(*tokens.shape, -1)
+            inputs = x, cos, sin, view, i, c.windows[i] if c.windows else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)   # nothing is random here
+            else:
+                x = layer(*inputs)
+        return _norm(x, self.norm, c).view(*tokens.shape, -1)
 
     def logits(self, hidden):
         """[..., H] -> [..., V] float32. For a few positions; to score many tokens use kernels.linear_logprob."""
-        return self.head(hidden).float()
+        return kernels.soft_cap(self.head(hidden).float(), self.config.logit_cap)
 
     def _rope(self, positions, longest):
         """cos and signed sin [N, 1, hd] of the positions,
@@ -487,7 +574,7 @@ def response_logprobs(net, prompts, responses):
     """
     view = SharedPrefix(prompts, responses, net.device)
     hidden = net(view.tokens, view)                                             # [N, H]
-    logprob = kernels.linear_logprob(hidden[view.source], net.head.weight, view.target)
+    logprob = kernels.linear_logprob(hidden[view.source], net.head.weight, view.target, net.config.logit_cap)
     return logprob, view.row, view.rows
 
 
@@ -550,7 +637,11 @@ def _names(net):
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     for i, layer in enumerate(net.layers):
         p = f"model.layers.{i}."
-        names |= {p + "input_layernorm.weight": layer.norm1, p + "post_attention_layernorm.weight": layer.norm2}
+        norms = {"input": layer.norm1, "post_attention": layer.norm2}
+        if c.gemma:     # where post_attention means what it says; elsewhere it is the norm before the MLP
+            norms = {"input": layer.norm1, "post_attention": layer.norm1_out,
+                     "pre_feedforward": layer.norm2, "post_feedforward": layer.norm2_out}
+        names |= {f"{p}{name}_layernorm.weight": weight for name, weight in norms.items()}
         if c.qk_norm:
             names |= {p + "self_attn.q_norm.weight": layer.q_norm, p + "self_attn.k_norm.weight": layer.k_norm}
         for kind in ("weight", "bias"):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 
 CHUNK_T, CHUNK_V = 8, 16
+SOFTCAPS = [None, 3.0]  # the logits drawn below have a standard deviation of 3.5
 SIZES = [(21, 50), (16, 48), (8, 16), (3, 17), (9, 5), (1, 1)]  # T, V: multiples of a tile, larger, smaller
 
 
@@ -46,19 +47,20 @@ def draw(T, V, dtype=torch.float32, H=12, scale=1.0):
     return hidden, weight, target, torch.randn(T, generator=g)
 
 
-def value_and_gradients(function, hidden, weight, target, coefficient):
+def value_and_gradients(function, hidden, weight, target, coefficient, softcap=None):
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    value = function(hidden, weight, target)
+    value = function(hidden, weight, target, softcap)
     (value * coefficient).sum().backward()
     return value.detach(), hidden.grad, weight.grad
 
 
-def exact(hidden, weight, target, coefficient):
-    def definition(h, w, t):
-        return (h @ w.T).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
+def exact(hidden, weight, target, coefficient, softcap=None):
+    def definition(h, w, t, softcap):
+        logits = h @ w.T if softcap is None else softcap * torch.tanh(h @ w.T / softcap)
+        return logits.log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
 
     hidden, weight, coefficient = (x.detach().double() for x in (hidden, weight, coefficient))
-    return value_and_gradients(definition, hidden, weight, target, coefficient)
+    return value_and_gradients(definition, hidden, weight, target, coefficient, softcap)
 
 
 def error(got, want):
@@ -67,8 +69,9 @@ def error(got, want):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("T, V", SIZES)
-def test_values_and_gradients(small_tiles, T, V, dtype, bound):
-    inputs = draw(T, V, dtype)
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_values_and_gradients(small_tiles, softcap, T, V, dtype, bound):
+    inputs = *draw(T, V, dtype), softcap
     got = value_and_gradients(kernels.linear_logprob, *inputs)
     assert [x.dtype for x in got] == [torch.float32, dtype, dtype]
     for mine, want in zip(got, exact(*inputs)):
@@ -76,16 +79,18 @@ def test_values_and_gradients(small_tiles, T, V, dtype, bound):
 
 
 @pytest.mark.parametrize("T, V", SIZES)
-def test_equals_the_reference(small_tiles, T, V):
-    inputs = draw(T, V)
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_equals_the_reference(small_tiles, softcap, T, V):
+    inputs = *draw(T, V), softcap
     want = value_and_gradients(kernels.linear_logprob_reference, *inputs)
     for mine, other in zip(value_and_gradients(kernels.linear_logprob, *inputs), want):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-def test_default_tiles_too():
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_default_tiles_too(softcap):
     """The tiles that users run with, crossed once in each direction."""
-    inputs = draw(kernels.CHUNK_T + 3, kernels.CHUNK_V + 5, H=4)
+    inputs = *draw(kernels.CHUNK_T + 3, kernels.CHUNK_V + 5, H=4), softcap
     for mine, want in zip(value_and_gradients(kernels.linear_logprob, *inputs), exact(*inputs)):
         assert error(mine, want) < 1e-5
 
@@ -101,12 +106,13 @@ def test_bfloat16_error_does_not_grow_with_the_number_of_tiles(monkeypatch):
     assert errors[1] < 1.2 * errors[0] < 1e-2
 
 
-def test_gradients_equal_finite_differences(small_tiles):
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_gradients_equal_finite_differences(small_tiles, softcap):
     """Independent of autograd's formulas. Float32 inside: a step of 1e-2 leaves 1e-4 of curvature, 1e-5 of rounding."""
     hidden, weight, target, _ = draw(9, 17, torch.float64, H=3)
 
     def function(h, w):
-        return kernels.linear_logprob(h, w, target)
+        return kernels.linear_logprob(h, w, target, softcap)
 
     assert torch.autograd.gradcheck(function, (hidden, weight), eps=1e-2, atol=1e-3)
 
@@ -157,14 +163,24 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def test_a_softcap_that_saturates(small_tiles):
+    """Logits of 1e5 are all at the cap: nothing overflows, and no gradient is left."""
+    inputs = draw(21, 50, scale=3e4)
+    value, d_hidden, d_weight = value_and_gradients(kernels.linear_logprob, *inputs, 3.0)
+    assert error(value, exact(*inputs, 3.0)[0]) < 1e-5
+    assert d_hidden.isfinite().all() and d_weight.isfinite().all()
+    assert kernels.soft_cap(inputs[0] @ inputs[1].T, 3.0).abs().max() <= 3.0
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_never_holds_more_than_a_tile_of_logits(small_tiles, dtype):
+def test_never_holds_more_than_a_tile_of_logits(small_tiles, dtype, softcap):
     """The file's reason to exist. The same recorder sees the reference exceed the bound, so it is not blind."""
     T, V, H = 64, 512, 1  # T x CHUNK_V and CHUNK_T x V are over the bound as well
     largest = {}
     for function in (kernels.linear_logprob, kernels.linear_logprob_reference):
         with LargestTensor() as largest[function]:
-            value_and_gradients(function, *draw(T, V, dtype, H))
+            value_and_gradients(function, *draw(T, V, dtype, H), softcap)
     assert largest[kernels.linear_logprob].elements <= max(CHUNK_T * CHUNK_V, T * H, V * H) < T * V
     assert largest[kernels.linear_logprob_reference].elements >= T * V
 

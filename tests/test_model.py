@@ -4,6 +4,8 @@ The checkpoints are random and tiny. All weights are drawn, norms and biases too
 rotation, window or bias moves the logits by a hundred times the tolerances (`test_logits_equal_transformers` shows it).
 """
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -13,10 +15,11 @@ import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import kernels
 import model
+import rollout
 from model import Transformer
 from run import UserError
 
@@ -33,8 +36,13 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SIZE, num_key_value_heads=2, use_sliding_window=True, sliding_window=WINDOW,
                          max_window_layers=1),
     "qwen3": Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    # caps about as large as what they bound, a scale that is not head_dim ** -0.5, windows in layers 0 and 2
+    "gemma2": Gemma2Config(**SIZE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=WINDOW,
+                           attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2-uncapped": Gemma2Config(**SIZE, num_key_value_heads=4, head_dim=8, query_pre_attn_scalar=24,
+                                    sliding_window=WINDOW, attention_bias=True, tie_word_embeddings=False,
+                                    attn_logit_softcapping=None, final_logit_softcapping=None),
 }
-WINDOWED = ["mistral", "qwen2"]
 ROWS = [[5, 9, 33, 7, 60, 2, 18, 4, 4, 51, 12, 40], [8, 1, 55], [3, 3, 29, 30, 31, 8, 8, 17]]
 
 
@@ -54,7 +62,7 @@ def checkpoints(tmp_path_factory):
         with torch.no_grad():
             for name, p in hf.named_parameters():
                 p.normal_(0, 0.3)
-                if "norm" in name:
+                if "norm" in name and config.model_type != "gemma2":  # Gemma adds the 1 itself
                     p.add_(1)
         directory = tmp_path_factory.mktemp(family) / "hf"
         hf.save_pretrained(directory)
@@ -101,33 +109,71 @@ def without_out_bias(net):
         layer.o.bias.data.zero_()
 
 
+def without_qkv_bias(net):
+    for layer in net.layers:
+        layer.qkv.bias.data.zero_()
+
+
 def without_qk_norm(net):
     for layer in net.layers:
         layer.k_norm.data.fill_(1)
 
 
-SPOIL = {"llama": without_rope_scaling, "llama-bias": without_out_bias, "mistral": without_windows,
-         "qwen2": without_windows, "qwen3": without_qk_norm}
+def without(field, value=None):
+    return lambda net: setattr(net.config, field, value)
+
+
+def with_silu_and_llamas_norms(net):
+    """Gemma 2 but for its 1 + weight, its norms on the outputs, its embeddings' factor and GELU."""
+    net.config.gemma = False
+
+
+def without_output_norms(net):
+    """Weights of 0 in place of 1 + weight: nothing is added to the residual stream, by attention or by the MLP."""
+    for layer in net.layers:
+        layer.norm1_out.data.fill_(-1)
+
+
+SPOIL = [("llama", without_rope_scaling), ("llama-bias", without_rope_scaling), ("llama-bias", without_out_bias),
+         ("mistral", without_windows), ("qwen2", without_windows), ("qwen2", without_qkv_bias),
+         ("qwen3", without_qk_norm),
+         ("gemma2", without_windows), ("gemma2", without("attention_cap")), ("gemma2", without("logit_cap")),
+         ("gemma2", without("attention_scale")), ("gemma2", with_silu_and_llamas_norms),
+         ("gemma2", without_output_norms), ("gemma2-uncapped", without_out_bias),
+         ("gemma2-uncapped", without("attention_scale"))]
 
 
 def test_logits_equal_transformers(family):
-    """And not vacuously: the logits are spread out, and without the family's own trait they come out wrong."""
+    """And not vacuously: the logits are spread out, and `test_every_trait_matters`."""
     name, directory, hf = family
     net = Transformer.from_pretrained(directory)
     for row in ROWS:
         want = logits(hf, row)
         assert want.std() > 1
         torch.testing.assert_close(logits(net, row), want, atol=1e-4, rtol=0)
-    SPOIL[name](net)
-    net._rope_table = None
-    assert (logits(net, ROWS[0]) - logits(hf, ROWS[0])).abs().max() > 1e-2
 
 
-def test_linear_rope_scaling_matters(checkpoints):
-    directory, hf = checkpoints["llama-bias"]
+@pytest.mark.parametrize("name, spoil", SPOIL)
+def test_every_trait_matters(checkpoints, name, spoil):
+    """Without the family's own trait the logits come out wrong, by a hundred times the tolerance."""
+    directory, hf = checkpoints[name]
     net = Transformer.from_pretrained(directory)
-    without_rope_scaling(net)
+    spoil(net)
     assert (logits(net, ROWS[0]) - logits(hf, ROWS[0])).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_greedy_tokens_equal_transformers(family):
+    """Batched, cached, past the window, rows of different lengths; transformers decodes each prompt by itself."""
+    _, directory, hf = family
+    got = rollout.generate(Transformer.from_pretrained(directory), ROWS, 1, 3 * WINDOW, temperature=0)
+    for row, [tokens], [logprobs] in zip(ROWS, got.tokens, got.logprobs):
+        want = hf.generate(torch.tensor([row]), max_new_tokens=3 * WINDOW, min_new_tokens=3 * WINDOW, do_sample=False,
+                           eos_token_id=None)[0]
+        assert row + tokens == want.tolist()
+        table = logits(hf, row + tokens).log_softmax(-1)[len(row) - 1:-1]
+        torch.testing.assert_close(torch.tensor(logprobs), table.gather(-1, want[len(row):, None]).squeeze(-1),
+                                   atol=1e-4, rtol=0)
 
 
 def test_padding_on_the_right_changes_nothing_on_the_left(family):
@@ -140,12 +186,35 @@ def test_padding_on_the_right_changes_nothing_on_the_left(family):
             torch.testing.assert_close(mine[:len(row)], logits(net, row), atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_a_bfloat16_model_are_float32(checkpoints):
-    directory, hf = checkpoints["qwen3"]
-    net = Transformer.from_pretrained(directory, dtype=torch.bfloat16)
-    assert net.dtype == net(torch.tensor([ROWS[0]])).dtype == torch.bfloat16
-    got, want = logits(net, ROWS[0]), logits(hf, ROWS[0])
-    assert got.dtype == torch.float32 and 0 < (got - want).norm() < 0.05 * want.norm()
+def test_bfloat16_checkpoints(family, tmp_path):
+    """Shards of bfloat16: loaded into float32 the logits are transformers', loaded into bfloat16 they are near, as near
+    as transformers' own, and float32."""
+    _, directory, hf = family
+    copy.deepcopy(hf).bfloat16().save_pretrained(tmp_path / "half", max_shard_size="20KB")
+    assert len(list((tmp_path / "half").glob("model-*.safetensors"))) > 1
+    theirs = {dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=dtype, attn_implementation="eager")
+              for dtype in (torch.float32, torch.bfloat16)}
+    whole, half = (Transformer.from_pretrained(tmp_path / "half", dtype=dtype) for dtype in theirs)
+    want = logits(theirs[torch.float32], ROWS[0])
+    torch.testing.assert_close(logits(whole, ROWS[0]), want, atol=1e-4, rtol=0)
+    assert half.dtype == half(torch.tensor([ROWS[0]])).dtype == torch.bfloat16
+    got = logits(half, ROWS[0])
+    error, usual = (got - want).norm(), (logits(theirs[torch.bfloat16], ROWS[0]).float() - want).norm()
+    assert got.dtype == torch.float32 and 0 < error < 1.5 * usual and usual < 0.1 * want.norm()
+    assert not torch.equal(got, got.bfloat16().float()) or half.config.logit_cap is None  # capped in float32
+
+
+def test_gemma_in_bfloat16_rounds_where_transformers_does(checkpoints):
+    """The factor sqrt(H) is rounded before it multiplies, 1 + weight is not: to bfloat16, 1 + 1/300 would be 1."""
+    directory, hf = checkpoints["gemma2"]
+    net, hf = Transformer.from_pretrained(directory, dtype=torch.bfloat16), copy.deepcopy(hf).bfloat16()
+    entering = []
+    net.layers[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0]))
+    with torch.no_grad():
+        net(torch.arange(61)[None])
+        assert torch.equal(entering[0], hf.model.embed_tokens(torch.arange(61)))
+        hf.model.norm.weight.fill_(1 / 300)
+        assert torch.equal(model._norm(entering[0], hf.model.norm.weight, net.config), hf.model.norm(entering[0]))
 
 
 def test_positions_beyond_the_first_rope_table(checkpoints):
@@ -185,6 +254,22 @@ def test_an_unused_window_is_no_window(checkpoints, tmp_path):
     assert Transformer.from_pretrained(directory).config.windows == (None, None, None)
 
 
+def test_gemma_keys_that_are_left_out():
+    """All but the sizes may be missing: each is then as transformers fills it in, and stays missing in what we save."""
+    sizes = {key: SIZE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                        "num_attention_heads")}
+    want = Gemma2Config(**sizes)
+    got = model.Config.from_hf({"model_type": "gemma2", **sizes})
+    assert got.raw == {"model_type": "gemma2", **sizes}
+    assert got == dataclasses.replace(model.Config.from_hf(want.to_dict()), raw=got.raw)
+    assert got.windows == (want.sliding_window, None, want.sliding_window) and got.tied == want.tie_word_embeddings
+    assert got.attention_cap == want.attn_logit_softcapping and got.logit_cap == want.final_logit_softcapping
+    assert got.attention_scale == want.query_pre_attn_scalar**-0.5 and got.max_positions == want.max_position_embeddings
+    assert got.head_dim == want.head_dim and got.num_kv_heads == want.num_key_value_heads
+    assert got.norm_eps == want.rms_norm_eps
+    assert got.rope["rope_theta"] == want.rope_parameters["rope_theta"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # shared prompts: equal to running every (prompt, response) row by itself
 
@@ -215,6 +300,40 @@ def test_shared_prefix_equals_naive_rows_in_values_and_gradients(family):
     want = torch.autograd.grad((naive * coefficient).sum(), list(net.parameters()))
     for (name, _), a, b in zip(net.named_parameters(), mine, want):
         assert b.norm() > 0 and (a - b).norm() < 1e-5 * b.norm(), name
+
+
+def kept_bytes(net, function):
+    """function()'s result, and how many bytes autograd holds on to for its backward pass, weights aside."""
+    weights, held = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return result, sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing(family, dtype):
+    """The same log-probs and gradients, bit for bit, while of each layer little but its input is kept."""
+    net = Transformer.from_pretrained(family[1], dtype=dtype)
+    results, kept = [], []
+    for net.activation_checkpointing in (False, True):
+        net.zero_grad()
+        [logprob, *_], size = kept_bytes(net, lambda: model.response_logprobs(net, PROMPTS, RESPONSES))
+        (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
+        results.append([logprob, *(p.grad for p in net.parameters())])
+        kept.append(size)
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and results[0][0].isfinite().all()
+    assert kept[1] < 0.3 * kept[0]
+    before = logits(net, ROWS[0])
+    assert not before.requires_grad  # under no_grad nothing is recomputed, and all is as before
+    net.activation_checkpointing = False
+    assert torch.equal(before, logits(net, ROWS[0]))
 
 
 def test_response_logprobs_equal_transformers(family):
@@ -443,11 +562,14 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(checkpoints, tmp_path, mo
     assert len(written) == 2 and os.listdir(tmp_path) == ["mine"] and files(tmp_path / "mine") == before
 
 
-def test_init_weights_is_a_function_of_the_generator():
-    c = model.Config.from_hf(FAMILIES["llama"].to_dict())
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "gemma2", "gemma2-uncapped"])
+def test_init_weights_is_a_function_of_the_generator(name):
+    c = model.Config.from_hf(FAMILIES[name].to_dict())
     nets = [Transformer(c).init_weights(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     a, b, other = (logits(net, ROWS[0]) for net in nets)
     assert torch.equal(a, b) and not torch.equal(a, other) and 0.3 < a.std() < 3  # an untrained net is unsure
+    x = torch.randn(5, 32)
+    assert torch.equal(model._norm(x, nets[0].norm, c), torch.nn.functional.rms_norm(x, (32,), eps=c.norm_eps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,6 +644,28 @@ BAD = {  # what is done to a good checkpoint, the file that is named, and what e
     "a weight is shorter": (edit_weights(lambda w: w.update({NORM: torch.ones(31)})), "model.safetensors", "[31]"),
     "config of a wider model": (edit_config(intermediate_size=48), "model.safetensors", "config.json wants"),
 }
+
+
+BAD_GEMMA = {  # a change of config.json, and what is said
+    "activation": (dict(hidden_activation="gelu"), "'gelu'"),
+    "both directions": (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    "a cap of nothing": (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping 0.0"),
+    "a cap in words": (dict(final_logit_softcapping="30"), "final_logit_softcapping '30'"),
+    "no scale": (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar None"),
+    "too few kinds of layers": (dict(layer_types=["full_attention"]), "layer_types"),
+    "an unknown kind of layer": (dict(layer_types=["full_attention"] * 2 + ["chunked_attention"]), "3 times"),
+    "weights of another family": (dict(model_type="mistral"), "post_feedforward_layernorm"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_GEMMA)
+def test_bad_gemma_checkpoints(checkpoints, tmp_path, how):
+    change, says = BAD_GEMMA[how]
+    directory = shutil.copytree(checkpoints["gemma2"][0], tmp_path / "bad")
+    edit_config(**change)(directory)
+    with pytest.raises(UserError) as error:
+        Transformer.from_pretrained(directory)
+    assert str(directory) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("how", BAD)
