@@ -1,6 +1,7 @@
 """Evaluation: is the model better than the one it started from?
 
     python eval.py winrate --model A --vs B [--prompts F] [--judge J]     head-to-head, with a standard error
+    python eval.py table RUN_DIR...                                       several runs in one table, means over seeds
     python eval.py plot RUN_DIR...                                        curves of one run or several in one picture
 
 The measure that every table and summary.json of this project reports, for a model against the base it started from:
@@ -292,6 +293,39 @@ def table(rows):
     return "\n".join(lines)
 
 
+COLUMNS = {  # of the table over several runs: heading -> key of summary.json's evaluations, digits
+    "win rate": ("win_rate", 3), "± s.e. of a run": ("win_rate_se", 3), "greedy vs greedy": ("win_rate_greedy", 3),
+    "accuracy, sampled": ("accuracy_sampled", 3), "accuracy, greedy": ("accuracy_greedy", 3),
+    "tokens": ("mean_length", 2), "log-ratio of winners": ("logratio_w", 2), "of losers": ("logratio_l", 2)}
+
+
+def table_of_runs(summaries):
+    """Markdown: one row for each method and iteration, mean over its runs (seeds) and in brackets smallest-largest.
+    The base is one row, whatever the method. Log-ratios in nats, over the kept epoch's steps."""
+    groups = {}
+    for summary in summaries:
+        for row in summary["evaluations"]:
+            name = row["name"] if row["name"].startswith("base") else f"{summary['method']}, {row['name']}"
+            groups.setdefault(name, []).append(row)
+
+    def cell(rows, key, digits):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if not values:
+            return "-"
+        mean, low, high = (f"{v:.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+        return mean if low == high or key.endswith("_se") else f"{mean} ({low} to {high})"
+
+    lines = ["| | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines += [f"| {name} | {len(rows)} | " + " | ".join(cell(rows, *how) for how in COLUMNS.values()) + " |"
+              for name, rows in groups.items()]
+    seconds = {}
+    for summary in summaries:
+        seconds.setdefault(summary["method"], []).append(summary["seconds"]["total"])
+    lines.append("\nseconds a run: " + "; ".join(f"{method} {sum(x) / len(x):.0f} ({min(x):.0f} to {max(x):.0f})"
+                                                  for method, x in seconds.items()))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # games: n strategies, P [n, n] with P[i, j] = P(i beats j), P + P^T = 1; a policy is [n] probabilities; all float64
 
@@ -516,20 +550,39 @@ def check_sampling(temperature, top_p):
         raise run.UserError(f"--top-p {top_p} must lie in (0, 1]; 1 keeps every token")
 
 
-def plot_command(argv):
-    """The sub-command `plot`: one picture from the summaries of the named run directories."""
+def _finished_runs(command, argv):
+    """[(directory, summary)] of the run directories in argv; None if help was asked for and given."""
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: eval.py plot RUN_DIR...\n\nOne run: its curves.png is drawn again. Several: curves.png here.")
-        return
-    names = [a for a in argv if not a.startswith("--")]
-    if not names or len(names) != len(argv):
-        raise run.UserError("plot takes run directories and no flags: python eval.py plot out/sppo [out/other ...]")
+        what = {"plot": "One run: its curves.png is drawn again. Several: curves.png here.",
+                "table": "Means over the runs of each method, with smallest and largest, as a Markdown table."}
+        print(f"usage: eval.py {command} RUN_DIR...\n\n{what[command]}")
+        return None
+    if not argv or any(a.startswith("--") for a in argv):
+        raise run.UserError(f"{command} takes run directories and no flags: python eval.py {command} out/sppo "
+                            "[out/other ...]")
     runs = []
-    for name in names:
+    for name in argv:
         path = os.path.join(name, "summary.json")
         if not os.path.exists(path):
-            raise run.UserError(f"{path} does not exist; plot needs the directory of a finished run")
-        runs.append((os.path.basename(os.path.normpath(name)), run.read_json(path)))
+            raise run.UserError(f"{path} does not exist; {command} needs the directory of a finished run")
+        runs.append((name, run.read_json(path)))
+    return runs
+
+
+def table_command(argv):
+    """The sub-command `table`: several runs, say seeds, of one or several methods in one table."""
+    runs = _finished_runs("table", argv)
+    if runs:
+        print(table_of_runs([summary for _, summary in runs]))
+
+
+def plot_command(argv):
+    """The sub-command `plot`: one picture from the summaries of the named run directories."""
+    found = _finished_runs("plot", argv)
+    if not found:
+        return
+    names = [name for name, _ in found]
+    runs = [(os.path.basename(os.path.normpath(name)), summary) for name, summary in found]
     path = os.path.join(names[0], "curves.png") if len(names) == 1 else "curves.png"
     plot(runs, path)
     print(f"wrote {path}")
@@ -537,7 +590,7 @@ def plot_command(argv):
 
 def main(argv):
     """Run the sub-command that argv names."""
-    commands = {"winrate": winrate, "plot": plot_command}
+    commands = {"winrate": winrate, "table": table_command, "plot": plot_command}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
     elif argv[0] not in commands:

@@ -126,7 +126,7 @@ class Settings:
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)")
     loss: str = flag("sppo",
         "sppo = (4.7); sppo-hard = (4.7) with p = 1 and 0; dpo, ipo = the paper's baselines, on the same best and "
-        "worst answers", ("sppo", "sppo-hard", "dpo", "ipo"))
+        "worst answers", tuple(STEP["operations"]))
     all_responses: bool | None = flag(None,
         "all K answers in SPPO's loss, as in Theorem 4.1, instead of the best and the worst "
         "[intransitive yes, else no]")
@@ -257,11 +257,10 @@ def _check_numbers(s):
 
 
 def _check_what_fits_together(s):
+    size, other = ("eta", "beta") if "eta" in STEP["operations"][s.loss] else ("beta", "eta")
     # a preset may be combined with any --loss, so its eta does not count as given
-    if s.loss in ("dpo", "ipo") and s.eta is not None and not s.preset:
-        raise run.UserError(f"--eta is SPPO's; --loss {s.loss} has --beta instead")
-    if s.loss in ("sppo", "sppo-hard") and s.beta is not None:
-        raise run.UserError(f"--beta is for --loss dpo or ipo; --loss {s.loss} has --eta (the paper's 1/beta)")
+    if getattr(s, other) is not None and not (s.preset and other == "eta"):
+        raise run.UserError(f"--{other} does nothing with --loss {s.loss}, whose step size is --{size}; leave it out")
     if s.all_responses and s.loss != "sppo":
         raise run.UserError(f"--all-responses is for --loss sppo; --loss {s.loss} is defined on a winner and a loser")
     if s.preset and s.world != "operations":
@@ -607,7 +606,7 @@ def main(argv):
     r.say(f"{s.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): "
           + (f"stage {s.stage} of iteration {s.iteration}; " if s.stage else
              f"{base_path}, judge {judge.name}; {s.iterations} iterations of {len(parts[0])} prompts x K = {s.k}, "
-             + (f"eta {s.eta:g}" if s.loss.startswith("sppo") else f"beta {s.beta:g}") + f", lr {s.lr:g}; ")
+             + (f"beta {s.beta:g}" if s.beta else f"eta {s.eta:g}") + f", lr {s.lr:g}; ")
           + f"writing to {s.out}")
     for name, prompts in (("validation", validation), ("test", test)):      # so that others can evaluate on the same
         if rank == 0 and prompts:
