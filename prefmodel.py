@@ -59,14 +59,12 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
     kind, _, path = spec.partition(":")
     if estimator not in ESTIMATORS:
         raise UserError(f"--estimator {estimator} is not known; choose one of {', '.join(ESTIMATORS)}")
-    if spec == "oracle":
-        return OracleJudge()
-    if spec == "styles":
-        return StylesJudge()
+    if spec in WORLD_JUDGES:
+        return WORLD_JUDGES[spec]()
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
-    raise UserError(f"--judge {spec} is not known; give oracle, styles or pairrm:PATH, PATH being a directory or a hub "
-                    "id such as llm-blender/PairRM")
+    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)} or pairrm:PATH, PATH being a directory "
+                    "or a hub id such as llm-blender/PairRM")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,6 +166,9 @@ class StylesJudge:
         styles = torch.tensor([[3 if world.style(a) is None else world.style(a) for a in row] for row in responses])
         styles = styles.reshape(B, K)
         return table[styles[:, :, None], styles[:, None, :]]
+
+
+WORLD_JUDGES = {"oracle": OracleJudge, "styles": StylesJudge}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -35,7 +36,8 @@ def test_every_flag_in_the_readme_is_a_flag():
     import eval
 
     source = "".join(open(os.path.join(ROOT, f)).read() for f in os.listdir(ROOT) if f.endswith(".py"))
-    known = {"--" + f.name.replace("_", "-") for s in (sppo.Settings, eval.WinrateSettings) for f in dataclasses.fields(s)}
+    known = {"--" + field.name.replace("_", "-") for settings in (sppo.Settings, eval.WinrateSettings)
+             for field in dataclasses.fields(settings)}
     known |= {"--" + name.replace("_", "-") for name in re.findall(r"^\s+(\w+): \w+ = run\.flag", source, re.M)}
     known |= {"--nproc_per_node", "--slow", "--help", "--login"}
     for line in README.splitlines():
@@ -53,6 +55,40 @@ def test_the_readme_is_finished():
 
 def python(*arguments, cwd):
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+FORKS = re.findall(r"```diff\n(.*?)```", README, re.S)
+SHORT = ("--iterations 1 --prompts-per-iteration 64 --k 4 --epochs 2 --validation-prompts 16 --test-prompts 32 "
+         "--batch-size 16 --device cpu --out out").split()
+
+
+@pytest.mark.parametrize("which, command", list(enumerate([
+    ["sppo.py", "--loss", "hinge", *SHORT], ["sppo.py", "--judge", "brief", "--lr", "1e-3", *SHORT],
+    ["-c", "import world; world.train_base('out', world.World(steps=40, width=32, layers=1), 'cpu');"
+           "print(world.solve('drop then upper:abc'), world.make_tokenizer()('drop:ab', add_special_tokens=False))"]])))
+def test_forks(which, command, base, tmp_path):
+    """The README's patches, as a reader would use them: short, they apply, and what they add is at work."""
+    patch, = FORKS[which:which + 1]
+    assert len(FORKS) == 3 and len(patch.splitlines()) <= 15
+    for name in os.listdir(ROOT):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
+    # git would take a patch inside another repository for one of that repository's
+    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True,
+                   env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)})
+    done = python(*command, *(["--model", base] if "sppo.py" in command else []), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if which == 2:
+        assert "BC" in done.stdout and "unk" not in done.stdout
+        return
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    steps = [row for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    if which == 0:      # the hinge of two equal policies is 1
+        assert summary["method"] == "hinge" and steps[0]["loss"] == pytest.approx(1, abs=1e-4)
+        assert steps[-1]["loss"] < steps[0]["loss"]
+    else:               # shorter answers win
+        base_row, _, trained = summary["evaluations"]
+        assert trained["win_rate"] > base_row["win_rate"] and trained["accuracy_greedy"] is None
 
 
 @pytest.mark.slow

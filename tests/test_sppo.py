@@ -1,5 +1,5 @@
-"""sppo.py: settings, disjoint prompts, pairs, the loss by hand, the official code's traps, a golden run, kills,
-ranks, the real path."""
+"""sppo.py: settings, disjoint prompts, pairs, the losses by hand, the official code's traps, a golden run, kills,
+ranks, the stages and their tables, the intransitive world, the real path."""
 
 import dataclasses
 import json
@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import transformers
 
 import eval
+import kernels
 import model
 import prefmodel
 import rollout
@@ -67,6 +69,64 @@ def test_what_is_given_is_kept():
     assert given.lr is None and settle_again.lr == sppo.STEP["operations"]["sppo"]["lr"]  # the caller's settings are not changed
 
 
+@pytest.mark.parametrize("loss", ["sppo", "sppo-hard", "dpo", "ipo"])
+def test_every_loss_has_its_own_defaults(loss):
+    """A step size that suits (4.7) is far off for IPO; and what belongs to another loss stays unset."""
+    for setting, given in (("operations", {}), ("intransitive", {"world": "intransitive"}),
+                           ("paper", dict(prompts="p.jsonl", model="m", judge="pairrm:x"))):
+        s, want = settle(loss=loss, **given), sppo.STEP[setting][loss]
+        assert {name: getattr(s, name) for name in want} == want
+        assert (s.beta is None, s.eta is None) == (loss.startswith("sppo"), not loss.startswith("sppo"))
+        assert s.all_responses == (loss == "sppo" and setting == "intransitive")
+    assert settle(loss=loss, lr=0.25).lr == 0.25
+
+
+def test_gradient_accumulation_says_how_many_passes(monkeypatch):
+    """Passes per optimizer step and rank; the last may be smaller, none is left out."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    sizes = {(64, 4): 16, (64, 1): 64, (10, 4): 3, (12, 5): 3, (4, 64): 1}
+    assert {key: settle(batch_size=key[0], gradient_accumulation=key[1]).micro_batch for key in sizes} == sizes
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert settle(batch_size=64, gradient_accumulation=4).micro_batch == 2
+    assert settle(batch_size=64, gradient_accumulation=3).micro_batch == 3
+    assert settle(batch_size=64, micro_batch=5).micro_batch == 5
+
+
+def parsed(*words):
+    """The settings of a command line, as main has them."""
+    return sppo.settle(run.parse(sppo.Settings, list(words), "", sppo.PRESETS))
+
+
+@pytest.mark.parametrize("name, model", [("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2"),
+                                         ("llama-3-8b", "meta-llama/Meta-Llama-3-8B-Instruct")])
+def test_presets_hold_the_official_codes_settings(name, model):
+    s = parsed("--preset", name)
+    assert (s.model, s.judge, s.estimator) == (model, "pairrm:llm-blender/PairRM", "aggregate")
+    assert s.prompts.split(",") == [f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{t}" for t in (1, 2, 3)]
+    assert (s.iterations, s.prompts_per_iteration, s.k, s.temperature, s.top_p) == (3, 0, 5, 0.7, 0.9)
+    assert (s.loss, s.eta, s.beta, s.all_responses, s.lr, s.optimizer) == ("sppo", 1e3, None, False, 5e-7, "rmsprop")
+    assert (s.warmup, s.epochs, s.schedule_epochs, s.batch_size, s.clip, s.weight_decay) == (0.1, 1, 0, 64, 1.0, 0.0)
+    assert (s.max_prompt_tokens, s.max_new_tokens, s.max_total_tokens) == (512, 1024, 1024)
+    assert s.drop_long_prompts and s.activation_checkpointing and not s.stage
+
+
+def test_a_flag_beside_a_preset_wins():
+    """Also one that gives what would be the default without the preset."""
+    s = parsed("--preset", "mistral-7b", "--schedule-epochs", "18", "--temperature", "1", "--top-p", "1")
+    assert (s.schedule_epochs, s.temperature, s.top_p, s.lr) == (18, 1.0, 1.0, 5e-7)
+    s = parsed("--estimator", "pairwise", "--no-drop-long-prompts", "--preset", "mistral-7b", "--eta", "3",
+               "--max-total-tokens", "0", "--no-activation-checkpointing", "--prompts", "p.jsonl")
+    assert (s.estimator, s.eta, s.max_total_tokens, s.prompts) == ("pairwise", 3.0, 0, "p.jsonl")
+    assert not s.drop_long_prompts and not s.activation_checkpointing and s.k == 5
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "sppo-hard"])
+def test_a_preset_with_another_loss(loss):
+    s = parsed("--preset", "llama-3-8b", "--loss", loss)
+    assert s.loss == loss and s.lr == 5e-7 and s.beta == sppo.STEP["paper"][loss].get("beta")
+    assert loss != "sppo-hard" or s.eta == 1e3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts
 
@@ -106,6 +166,70 @@ def test_too_few_prompts(prompts_file):
                validation_prompts=4, test_prompts=4)
     with pytest.raises(UserError, match="has 40 distinct prompts.*--prompts-per-iteration 11.*need 41"):
         sppo.split_prompts(s, sppo.read_sources(s))
+
+
+HUB = {"org/first": PROMPTS[:14], "org/second": [PROMPTS[3], *PROMPTS[14:27], PROMPTS[14]], "org/third": PROMPTS[27:]}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `datasets` whose hub holds HUB."""
+    def load_dataset(name, split):
+        assert split == "train"
+        return [{"prompt": p, "prompt_id": i} for i, p in enumerate(HUB[name])]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_each_iteration_has_its_own_data_set(n, hub):
+    """The official code's three data sets, one an iteration. A prompt of two sources stays in the first, and held-out
+    prompts are in no part."""
+    s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=n,
+               validation_prompts=4, test_prompts=5)
+    sources = sppo.read_sources(s)
+    assert sources == [PROMPTS[:14], PROMPTS[14:27], PROMPTS[27:]]
+    validation, test, parts = sppo.split_prompts(s, sources)
+    assert len({*validation, *test, *sum(parts, [])}) == 9 + sum(map(len, parts))
+    assert all(set(part) <= set(source) for part, source in zip(parts, sources))
+    if n:
+        assert [len(part) for part in parts] == [5, 5, 5]
+    else:
+        assert {*validation, *test, *sum(parts, [])} == set(PROMPTS)
+    assert parts != sppo.split_prompts(dataclasses.replace(s, seed=1), sources)[2]
+
+
+def test_all_the_prompts_of_one_source(hub, prompts_file):
+    """--prompts-per-iteration 0: what is not held out, in equal parts."""
+    s = settle(prompts=prompts_file, model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=0,
+               validation_prompts=4, test_prompts=5)
+    validation, test, parts = sppo.split_prompts(s, sppo.read_sources(s))
+    assert [len(part) for part in parts] == [10, 10, 10]
+    assert len({*validation, *test, *sum(parts, [])}) == 39
+    assert len(sppo.read_sources(settle(prompts="org/first", model="m", judge="pairrm:x", iterations=3))) == 1
+
+
+def test_a_source_that_is_too_small_is_refused(hub):
+    """Though all sources together would have enough."""
+    s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", prompts_per_iteration=11, validation_prompts=3,
+               test_prompts=3)
+    with pytest.raises(UserError, match="each source its share"):
+        sppo.split_prompts(s, sppo.read_sources(s))
+
+
+def test_long_prompts_are_left_out_and_counted(llama3, capsys):
+    """Never truncated: a prompt without its end is another prompt."""
+    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    lengths = {p: len(chat.encode(p)) for p in PROMPTS}
+    limit = sorted(lengths.values())[29]
+    s = settle(prompts="p", model="m", judge="pairrm:x", max_prompt_tokens=limit, max_new_tokens=24)
+    kept = sppo.without_long_prompts([PROMPTS[:20], PROMPTS[20:]], chat, s, 0)
+    assert kept == [[p for p in half if lengths[p] <= limit] for half in (PROMPTS[:20], PROMPTS[20:])]
+    gone = sum(n > limit for n in lengths.values())
+    assert f"left out {gone} of 40 prompts: longer than {limit} tokens" in capsys.readouterr().out and gone > 0
+    chat.encode_all(sum(kept, []), limit, 24)
+    sppo.without_long_prompts(kept, chat, s, 0)
+    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +316,32 @@ def test_each_prompt_is_judged_by_its_own_answers(base):
     assert row["phat"] == pytest.approx([sum(1 / (1 + math.exp(-6 * (m - other))) for other in marks) / 4
                                          for m in marks], abs=1e-4)
     assert strict > 10
+
+
+def test_all_responses_in_order_of_preference(base):
+    """Theorem 4.1's loss is over pi_t's samples, all of them: none may be lost, and every one keeps its own Phat."""
+    made = make(base, world.queries("train", 30), prefmodel.load("oracle"), k=4, all_responses=True)
+    for row, example in zip(made.rows, made.pairs):
+        phat = prefmodel.phat(torch.tensor(row["probability"])).tolist()
+        assert example["p"] == sorted(phat, reverse=True) and len(example["ref"]) == 4
+        assert sorted(map(str, zip(example["p"], example["responses"]))) == sorted(map(str, zip(phat, row["tokens"])))
+    assert sum(len(set(example["p"])) > 2 for example in made.pairs) > 5
+    assert 0 < made.statistics["tied_share"] < 1 and made.statistics["phat_best"] > 0.5
+
+
+def test_prompt_and_answer_together_stay_within_their_bound(llama3):
+    """The official code allows 1,024 tokens for both: a long prompt leaves less for the answer."""
+    free = make(llama3, PROMPTS, Judge(TABLE), max_new_tokens=24)
+    total = sorted(len(row["prompt_ids"]) for row in free.rows)[20] + 12
+    made = make(llama3, [row["prompt"] for row in free.rows if len(row["prompt_ids"]) < total], Judge(TABLE),
+                max_new_tokens=24, max_total_tokens=total)
+    cut = 0
+    for row in made.rows:
+        room = min(24, total - len(row["prompt_ids"]))
+        for tokens, finish in zip(row["tokens"], row["finish"]):
+            assert len(tokens) <= room and (finish == "stop" or len(tokens) == room)
+            cut += finish == "length" and room < 24
+    assert cut > 10
 
 
 def test_ties_are_pulled_nowhere(base):
@@ -287,7 +437,7 @@ def gradients(made, pairs=None, **settings):
 
 def moved(made):
     """The same pairs against another reference, as in the middle of an iteration: the log-ratios are not 0."""
-    return [{**pair, "ref": [pair["ref"][0] - 1.5 - 0.1 * b, pair["ref"][1] + 0.7]}
+    return [{**pair, "ref": [pair["ref"][0] - 1.5 - 0.1 * b, *(ref + 0.7 for ref in pair["ref"][1:])]}
             for b, pair in enumerate(made.pairs)]
 
 
@@ -317,27 +467,97 @@ def test_what_is_scored_is_what_was_sampled(which, request):
         torch.testing.assert_close(sppo.sequence_logprobs(net, pairs).detach(), want, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("which", ["tiny", "real"])
-def test_loss_and_gradient_by_hand(which, request):
-    """One row at a time through the whole network, no shared prefix, no fused head: (4.7) as it is written."""
+def by_hand(s, logratio, p):
+    """The loss of one example as the papers write it; its log-ratios and Phats, best first, worst last."""
+    difference = logratio[0] - logratio[-1]
+    if s.loss == "dpo":
+        return torch.log(1 + torch.exp(-s.beta * difference))
+    if s.loss == "ipo":
+        return (difference - 1 / (2 * s.beta)) ** 2
+    p = [1.0, 0.0] if s.loss == "sppo-hard" else p
+    return sum((x - s.eta * (q - 0.5)) ** 2 for x, q in zip(logratio, p)) / len(p)
+
+
+def test_losses_by_hand():
+    """Two examples: log-ratios +1 and -2 under Phats 3/4 and 1/4, and log-ratios 0 under a tie."""
+    logratio, p = torch.tensor([[1.0, -2.0], [0.0, 0.0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    def loss(**settings):
+        return sppo.loss_of(logratio, p, settle(**settings)).tolist()
+
+    assert loss(loss="sppo", eta=8.0) == [0.5, 0.0]             # targets +2, -2 and 0, 0
+    assert loss(loss="sppo-hard", eta=8.0) == [6.5, 16.0]       # targets +4 and -4, whatever p is
+    assert loss(loss="dpo", beta=0.5) == pytest.approx([math.log(1 + math.exp(-1.5)), math.log(2)])
+    assert loss(loss="ipo", beta=0.1) == pytest.approx([4.0, 25.0])     # margin 5
+    three, wins = torch.tensor([[1.0, 7.0, -2.0]]), torch.tensor([[0.75, 0.5, 0.25]])
+    assert sppo.loss_of(three, wins, settle(all_responses=True, eta=8.0)).tolist() == pytest.approx([50 / 3])
+
+
+@pytest.mark.parametrize("which, loss", [("tiny", "sppo"), ("tiny", "sppo-hard"), ("tiny", "dpo"), ("tiny", "ipo"),
+                                         ("tiny", "all"), ("real", "sppo"), ("real", "dpo")])
+def test_loss_and_gradient_by_hand(which, loss, request):
+    """One row at a time through the whole network, no shared prefix, no fused head: the loss as it is written."""
     made = request.getfixturevalue(which)
+    options = {"all_responses": True} if loss == "all" else {"loss": loss}
+    made.s = settle(**{**SMALL, **options, "max_new_tokens": made.s.max_new_tokens})
+    if loss == "all":
+        made.pairs, _ = sppo.training_examples(made.rows, made.chat, made.s)
+        for pair in made.pairs:
+            pair["ref"] = sppo.sequence_logprobs(made.net, [pair]).detach()[0].tolist()
     pairs = moved(made)
     made.net.zero_grad(set_to_none=True)
     total = 0.0
     for pair in pairs:
-        for response, p, ref in zip(pair["responses"], pair["p"], pair["ref"]):
+        logratio = []
+        for response, ref in zip(pair["responses"], pair["ref"]):
             tokens = torch.tensor([pair["prompt"] + response])
             logp = made.net.logits(made.net(tokens))[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
-            logp = logp[len(pair["prompt"]) - 1:].sum()
-            total = total + (logp - ref - made.s.eta * (p - 0.5)) ** 2 / 2 / len(pairs)
+            logratio.append(logp[len(pair["prompt"]) - 1:].sum() - ref)
+        assert len(logratio) == (3 if loss == "all" else 2)
+        total = total + by_hand(made.s, logratio, pair["p"]) / len(pairs)
     total.backward()
     want = [p.grad.clone() for p in made.net.parameters()]
     made.net.zero_grad(set_to_none=True)
     metrics, got = gradients(made, pairs)
-    assert metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-4) and metrics["loss"] > 1
+    assert metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-4) and metrics["loss"] > 0.1
     assert metrics["logratio_w"] == pytest.approx(sum(1.5 + 0.1 * b for b in range(len(pairs))) / len(pairs), abs=1e-4)
+    assert metrics["logratio_l"] == pytest.approx(-0.7, abs=1e-4) and metrics["ranked_share"] == pytest.approx(1)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def size(gradient):
+    """The gradient's norm."""
+    return float(torch.cat([g.flatten() for g in gradient]).norm())
+
+
+def test_ties_under_every_loss(base):
+    """Winner and loser are then one and the same answer. DPO and IPO see only their difference: no gradient, wherever
+    the policy stands. sppo-hard pulls it to +eta/2 and -eta/2 at once, that is to 0, just as (4.7) with p = 1/2."""
+    made = make(base, world.queries("train", 6), Judge([[0.5] * 3] * 3))
+    pairs = [{**pair, "ref": [ref - 1.5 for ref in pair["ref"]]} for pair in made.pairs]
+    soft = gradients(made, pairs)[1]
+    for name in ("dpo", "ipo"):
+        metrics, none = gradients(made, pairs, loss=name, beta=0.3)
+        assert size(none) < 1e-5 * size(soft) and metrics["ranked_share"] == 0
+    hard = gradients(made, pairs, loss="sppo-hard", eta=8.0)[1]
+    assert size([a - b for a, b in zip(hard, soft)]) < 1e-4 * size(soft)
+    assert gradients(made, made.pairs, loss="sppo-hard", eta=8.0)[0]["loss"] == pytest.approx(16, abs=1e-3)
+    assert size(gradients(made, made.pairs, loss="sppo-hard", eta=8.0)[1]) < 1e-3 * size(hard)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny):
+    """12 pairs in passes of 5, 5 and 2. float32 rounding is 6e-8 a number, some 1e-6 of a sum's size; the mean of the
+    passes' means, which counts the last two pairs two and a half times, is off by far more."""
+    pairs = moved(tiny)
+    s = settle(**{**SMALL, "micro_batch": None, "gradient_accumulation": 3, "batch_size": 13})
+    assert s.micro_batch == 5
+    one, whole = gradients(tiny, pairs, micro_batch=12)
+    metrics, passes = gradients(tiny, pairs, micro_batch=s.micro_batch)
+    assert metrics == pytest.approx(one, rel=1e-5)
+    assert size([a - b for a, b in zip(passes, whole)]) < 1e-5 * size(whole)
+    means = [gradients(tiny, pairs[i:i + 5], micro_batch=5)[1] for i in (0, 5, 10)]
+    wrong = [sum(parts) / 3 for parts in zip(*means)]
+    assert size([a - b for a, b in zip(wrong, whole)]) > 1e-2 * size(whole)
 
 
 def test_micro_batches_do_not_change_the_gradient(tiny):
@@ -356,8 +576,6 @@ def test_the_logged_loss_is_of_the_whole_batch(tiny):
 
 
 def test_a_step_moves_towards_the_targets(tiny):
-    import kernels
-
     optimizer = kernels.Optimizer(tiny.net.parameters(), "adamw")
     losses = [sppo.gradient_step(tiny.net, optimizer, tiny.pairs, tiny.s, 1e-3, (0, 1)) for _ in range(12)]
     assert losses[-1]["loss"] < 0.5 * losses[0]["loss"] and losses[-1]["logratio_w"] > 0.2
@@ -421,6 +639,32 @@ def test_the_second_iteration_starts_and_is_anchored_at_the_first(finished):
     assert all(abs(r["logratio_w"]) < 1e-4 and abs(r["logratio_l"]) < 1e-4 for r in firsts)
     others = [r for r in lines(f"{finished}/metrics.jsonl") if "loss" in r and r["step"] == 6]
     assert all(abs(r["logratio_w"]) > 1e-2 for r in others)
+
+
+@pytest.mark.parametrize("loss, options", [("sppo", {}), ("sppo", {"all_responses": True}), ("sppo-hard", {}),
+                                           ("dpo", {}), ("ipo", {})])
+def test_every_loss_moves_winners_above_losers(loss, options, base):
+    """Whole runs: at the end most of the pairs that are not ties are ranked as the judge ranked them."""
+    sppo.main(argv(model=base, out="out", loss=loss, lr=2e-3, **options,
+                   **{**SMALL, "iterations": 1, "prompts_per_iteration": 32, "k": 4, "epochs": 8, "keep": "last",
+                      "micro_batch": 8, "test_prompts": 4, "validation_prompts": 4}))
+    rows = [r for r in lines("out/metrics.jsonl") if "loss" in r]
+    last = {name: sum(r[name] for r in rows[-4:]) / 4 for name in ("loss", "logratio_w", "logratio_l", "ranked_share")}
+    first = {name: sum(r[name] for r in rows[:4]) / 4 for name in last}
+    assert last["logratio_w"] > last["logratio_l"] + 0.5 and last["loss"] < first["loss"]
+    assert last["ranked_share"] > 0.85 * (1 - rows[0]["tied_share"]) > 0.4
+    summary = json.load(open("out/summary.json"))
+    assert summary["method"] == loss and summary["evaluations"][-1]["logratio_w"] == pytest.approx(last["logratio_w"])
+
+
+def test_a_long_schedule_is_still_warming_up_after_one_epoch(base):
+    """The paper's: 18 epochs scheduled, warm-up a tenth of them, the first epoch's result kept. 10 steps of 180: the
+    rate ends at (1/18) / (1/10) of its peak."""
+    sppo.main(argv(model=base, out="out", **{**SMALL, "iterations": 1, "prompts_per_iteration": 40, "batch_size": 4,
+                                             "epochs": 1, "schedule_epochs": 18, "lr": 1e-3, "test_prompts": 4}))
+    rates = [r["lr"] for r in lines("out/metrics.jsonl") if "lr" in r]
+    assert len(rates) == 10 and rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.556e-3, rel=1e-3) and rates[0] == pytest.approx(rates[-1] / 10)
 
 
 GOLDEN = [0.04275347, 14.90037511, 0.95113581]
