@@ -185,56 +185,94 @@ class Optimizer:
     A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would
     not move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the
     model; gradients too are summed over micro-batches and ranks in float32. Where the model is float32 the master is
-    the weight itself. With several ranks all average their gradients and then do the same update.
+    the weight itself.
+
+    With several ranks each tensor has one owner (ZeRO, stage 1). Only the owner holds its master and inner state, which
+    for RMSProp are 8 of the 14 bytes a parameter; it gets the mean of all ranks' gradients, does the update, and sends
+    the new weight to all.
     """
 
     def __init__(self, parameters, name, weight_decay=0.0):
         self.parameters = list(parameters)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.owner = shares([p.numel() for p in self.parameters], self.ranks)
+        self.sums = [None] * len(self.parameters)           # float32 sums of bfloat16 gradients
+        self.masters = {i: p if p.dtype == torch.float32 else p.detach().float()
+                        for i, p in enumerate(self.parameters) if self.owner[i] == self.rank}
         kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay),
                  # foreach would need one more copy of all weights at a time
                  "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.0, weight_decay=weight_decay, foreach=False)}
-        self.inner = kinds[name](self.masters)
+        self.inner = kinds[name](list(self.masters.values()) or [torch.zeros(0)])   # torch refuses an empty list
 
     def collect(self):
         """Call after every backward: moves a bfloat16 gradient into its float32 sum."""
-        for p, m in zip(self.parameters, self.masters):
-            if m is not p and p.grad is not None:
-                m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+        for i, p in enumerate(self.parameters):
+            if p.dtype != torch.float32 and p.grad is not None:
+                self.sums[i] = p.grad.float() if self.sums[i] is None else self.sums[i].add_(p.grad)
                 p.grad = None
 
     def step(self, lr, clip):
         """Clip the gradient to norm `clip`, update with learning rate `lr`, clear it.
         Returns the norm before clipping."""
         self.collect()
-        if dist.is_initialized():
-            for m in self.masters:
-                if m.grad is not None:
-                    dist.all_reduce(m.grad)
-                    m.grad /= dist.get_world_size()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf))
+        for i, p in enumerate(self.parameters):
+            gradient = p.grad if p.dtype == torch.float32 else self.sums[i]
+            if self.ranks > 1:
+                gradient = torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
+                dist.reduce(gradient, dst=self.owner[i])
+                gradient /= self.ranks
+            self.sums[i] = p.grad = None
+            if i in self.masters:
+                self.masters[i].grad = gradient
+        masters = list(self.masters.values())
+        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        if self.ranks > 1:
+            square = norm.to(self.parameters[0].device) ** 2
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(masters, clip or math.inf, norm)
         for group in self.inner.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for p, m in zip(self.parameters, self.masters):
-                if m is not p:
-                    p.copy_(m)
-        return norm
+        self._spread()
+        return float(norm)
+
+    @torch.no_grad()
+    def _spread(self):
+        """Every rank's model gets the masters' values."""
+        for i, p in enumerate(self.parameters):
+            if i in self.masters and self.masters[i] is not p:
+                p.copy_(self.masters[i])
+            if self.ranks > 1:
+                dist.broadcast(p.data, src=self.owner[i])
 
     def state_dict(self):
-        """For --resume: the inner state, and the masters where they are not the weights."""
+        """This rank's share for --resume: the inner state, and the masters where they are not the weights."""
         return {"inner": self.inner.state_dict(),
-                "masters": [None if m is p else m for p, m in zip(self.parameters, self.masters)]}
+                "masters": {i: None if m is self.parameters[i] else m for i, m in self.masters.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state):
+        """The inverse of state_dict, on the same rank of as many."""
         self.inner.load_state_dict(state["inner"])
-        for m, saved in zip(self.masters, state["masters"]):
+        for i, saved in state["masters"].items():
             if saved is not None:
-                m.copy_(saved)
+                self.masters[i].copy_(saved)
+
+
+def shares(sizes, ranks):
+    """Who owns what: each item, the largest first, goes to the rank that has least. A list of ranks.
+
+    >>> shares([5, 3, 9, 4], ranks=2)
+    [1, 0, 0, 1]
+    """
+    owner, load = [0] * len(sizes), [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owner[i] = load.index(min(load))
+        load[owner[i]] += sizes[i]
+    return owner
 
 
 def linear_schedule(step, steps, warmup, lr):

@@ -63,8 +63,8 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
         return WORLD_JUDGES[spec]()
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
-    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)} or pairrm:PATH, PATH being a directory "
-                    "or a hub id such as llm-blender/PairRM")
+    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)} or pairrm:PATH, PATH being a "
+                    "directory or a hub id such as llm-blender/PairRM")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
                iter-k/         each a complete Hugging Face checkpoint
-               state/state.pt  what --resume needs; replaced atomically,
-                               so that a kill -9 at any moment leaves a good one
+               state/state.pt  what --resume needs, with a shard-*.pt for each rank;
+                               replaced atomically, so that a kill -9 at any moment
+                               leaves a good one
                summary.json    the result
                curves.png      the picture
 
@@ -323,16 +324,25 @@ class Run:
         path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
-                            "start again with --overwrite") from None
+        state = self._load(path)
+        if state.get("shard"):
+            name, ranks = state["shard"]
+            if ranks != (dist.get_world_size() if dist.is_initialized() else 1):
+                raise UserError(f"--resume: {self.out} was saved in the middle of training by {ranks} processes; "
+                                "start as many")
+            state |= self._load(self._shard_path(name))
         self.seconds = state["seconds"]
         self.before = self.seconds.pop("total")
         if self.rank == 0:  # rows written after the state was saved will be written again: drop them
             self._truncate(state["sizes"])
         return state
+
+    def _load(self, path):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
+                            "start again with --overwrite") from None
 
     def _truncate(self, sizes):
         for name, size in sizes.items():
@@ -357,13 +367,29 @@ class Run:
             with open(self.path(journal), "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def save_state(self, **state):
-        """Everything --resume needs, in one file replaced atomically: tensors, numbers, strings, lists and dicts."""
+    def save_state(self, shard=None, **state):
+        """Everything --resume needs: tensors, numbers, strings, lists and dicts, `iteration` and `step` among them.
+
+        `state` is the same on all ranks and written by rank 0; `shard`, a dict, is each rank's own. Shards go first,
+        under new names: state.pt, replaced atomically, always names a complete set.
+        """
+        ranks, keep = dist.get_world_size() if dist.is_initialized() else 1, None
+        if shard is not None:
+            state["shard"] = [f"{state['iteration']}-{state['step']}", ranks]
+            keep = self._shard_path(state["shard"][0])
+            write_atomically(keep, lambda temporary: torch.save(shard, temporary))
+        barrier()
         if self.rank == 0:
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
             state["seconds"] = {**self.seconds, "total": self.total_seconds()}
             write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
+        barrier()
+        for old in set(glob.glob(self._shard_path("*"))) - {keep}:
+            remove(old)
         self.state = None  # loaded once, not kept in memory
+
+    def _shard_path(self, name):
+        return self.path("state", f"shard-{name}-rank-{self.rank}.pt")
 
     def total_seconds(self):
         """Wall-clock seconds since the program began, those of resumed sessions included."""

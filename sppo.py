@@ -70,7 +70,8 @@ from run import flag
 OPERATIONS = dict(iterations=3, prompts_per_iteration=4096, all_responses=False, keep="best", optimizer="adamw",
                   max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
                   validation_prompts=512, test_prompts=2000, print_every=64)
-INTRANSITIVE = OPERATIONS | dict(iterations=40, prompts_per_iteration=256, keep="last", print_every=16)
+INTRANSITIVE = OPERATIONS | dict(iterations=40, prompts_per_iteration=256, keep="last", test_prompts=1000,
+                                 print_every=24)
 PAPER = dict(iterations=3, prompts_per_iteration=20000, all_responses=False, keep="best", optimizer="rmsprop",
              max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128,
              validation_prompts=256, test_prompts=256, print_every=1)
@@ -701,7 +702,7 @@ def main(argv):
                           f"{metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
                 if s.save_every and (step + 1) % s.save_every == 0 and i + 1 < per_epoch:
                     r.save_state(iteration=t, judged=t, step=step + 1, best=best, evaluations=evaluations,
-                                 weights=net.state_dict(), optimizer=optimizer.state_dict())
+                                 weights=net.state_dict(), shard={"optimizer": optimizer.state_dict()})
 
             # choose the checkpoint on validation prompts (5.1): the best epoch so far is pi_{t+1}
             rate = None
@@ -718,7 +719,7 @@ def main(argv):
                     net.save_pretrained(r.path(f"iter-{t}"), chat.tokenizer)
             if epoch + 1 < s.epochs:
                 r.save_state(iteration=t, judged=t, step=step + 1, best=best, evaluations=evaluations,
-                             weights=net.state_dict(), optimizer=optimizer.state_dict())
+                             weights=net.state_dict(), shard={"optimizer": optimizer.state_dict()})
         bar.close()
 
         # -- evaluate -------------------------------------------------------------------------------------------------

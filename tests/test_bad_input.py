@@ -3,9 +3,11 @@ nothing half-written in --out. Everything goes through the commands themselves."
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -143,6 +145,44 @@ def test_a_model_without_prompts(real, complaint):
     assert "--prompts" in line and "--model" in line
 
 
+def hub(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_a_hub_data_set_without_the_package(real, complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    line = complaint([*real, "--prompts", "owner/name"])
+    assert "--prompts owner/name" in line and "pip install datasets" in line
+
+
+def test_a_hub_data_set_that_is_not_there(real, complaint, monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("a page of text\nand more")
+
+    hub(monkeypatch, load_dataset)
+    line = complaint([*real, "--prompts", "owner/name"])
+    assert "--prompts owner/name" in line and "ConnectionError" in line
+
+
+def test_sources_that_do_not_fit_the_iterations(real, complaint, monkeypatch):
+    """Three data sets for two iterations: which would be left out?"""
+    hub(monkeypatch, lambda name, split: [{"prompt": f"{name} {i}"} for i in range(40)])
+    names = "owner/a,owner/b,owner/c"
+    line = complaint([*real, "--iterations", "2", "--prompts", names])
+    assert "--prompts names 3 sources for 2 iterations" in line
+    assert "nowhere.jsonl" in complaint([*real, "--iterations", "2", "--prompts", "owner/a,nowhere.jsonl"])
+
+
+def test_long_prompts_are_dropped_only_when_told_so(real, complaint, capsys):
+    flags = [*real, "--max-prompt-tokens", "60"]
+    assert "only 60 are allowed" in complaint(flags)
+    sppo.main([*flags, "--drop-long-prompts", "--stage", "sample"])
+    assert re.search(r"left out \d+ of 40 prompts: longer than 60 tokens", capsys.readouterr().out)
+    assert len(open("out/table-1.jsonl").readlines()) == 8
+    assert "0 distinct prompts" in complaint([*real, "--max-prompt-tokens", "3", "--drop-long-prompts", "--out", "b"],
+                                                out="b")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
@@ -224,6 +264,103 @@ def test_the_oracle_cannot_judge_prose(real, complaint):
 def test_numbers_that_make_no_sense(tiny, complaint, flags):
     line = complaint([*tiny, *flags.split()])
     assert flags.split()[0] in line
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--loss dpo --eta 3", "--eta is SPPO's; --loss dpo"), ("--loss ipo --eta 3", "--loss ipo"),
+    ("--loss sppo --beta 0.1", "--beta is for --loss dpo or ipo"), ("--loss sppo-hard --beta 0.1", "--loss sppo-hard"),
+    ("--beta 0.1", "--loss sppo"), ("--loss dpo --beta 0", "--beta 0"), ("--loss dpo --beta nan", "--beta nan"),
+    ("--loss dpo --all-responses", "--all-responses is for --loss sppo"),
+    ("--loss sppo-hard --all-responses", "--all-responses"), ("--loss kto", "--loss"),
+    ("--gradient-accumulation 2 --micro-batch 4", "--gradient-accumulation and --micro-batch"),
+    ("--gradient-accumulation -1", "--gradient-accumulation -1"), ("--max-total-tokens -1", "--max-total-tokens"),
+    ("--schedule-epochs -1", "--schedule-epochs -1"), ("--epochs 3 --schedule-epochs 2", "--schedule-epochs 2"),
+    ("--prompts-per-iteration 0", "--prompts-per-iteration 0"), ("--preset gpt-5", "--preset"),
+    ("--preset mistral-7b --world intransitive", "--world"), ("--world chess", "--world"),
+    ("--world intransitive --judge oracle", "give styles"), ("--judge styles", "give oracle"),
+    ("--estimator aggregate", "--estimator aggregate"), ("--stage rest", "--stage"),
+    ("--table t.jsonl", "--table is for --stage"), ("--iteration 2 --iterations 3", "--iteration says"),
+    ("--stage sample --table t.jsonl", "--table is for --stage judge or --stage train"),
+    ("--stage sample --iteration 2", "--iteration 2 is beyond --iterations 1"),
+    ("--stage sample --iteration 0", "--iteration 0"),
+    ("--stage sample --iterations 2 --iteration 2", "out/iter-1"),
+    ("--stage train --iterations 2 --iteration 2", "out/table-2.jsonl is not there"),
+    ("--stage judge", "out/table-1.jsonl is not there"), ("--stage train", "run --stage sample first")])
+def test_flags_that_do_not_fit_together(tiny, complaint, flags, says):
+    assert says in complaint([*tiny, *flags.split()])
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--world intransitive", "--world is played where no --prompts"),
+    ("--judge styles", "--judge pairrm:"), ("--stage train --epochs 2 --keep best --prompts= --table t.jsonl",
+                                            "--keep best chooses on held-out prompts")])
+def test_flags_that_do_not_fit_prompts(real, complaint, flags, says):
+    assert says in complaint([*real, *flags.split()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages and tables
+
+
+def test_a_stage_is_not_done_twice(tiny, complaint):
+    """Answers that are judged, or weights that cost a day, are not written over."""
+    sppo.main([*tiny, "--stage", "sample"])
+    assert "out/table-1.jsonl is already there" in complaint([*tiny, "--stage", "sample"])
+    assert "--stage judge" in complaint([*tiny, "--stage", "train"])
+    sppo.main([*tiny, "--stage", "judge"])
+    sppo.main([*tiny, "--stage", "train"])
+    assert "out/iter-1 is already there" in complaint([*tiny, "--stage", "train"])
+
+
+ROW = {"prompt": "a", "generate_0": "x", "generate_1": "y", "probability": [[0.5, 0.7], [0.3, 0.5]]}
+PAIR = {"prompt": "a", "chosen": "x", "rejected": "y", "chosen_probs_win": 0.7, "chosen_probs_lose": 0.2}
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in names}
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "No such file"), ("", "no rows"), (json.dumps(ROW) + "\n{\"prompt\": \"a\"\n", "line 2: malformed JSON"),
+    ([{"text": "a"}], "line 1: no column"), ([ROW, {"prompt": "a"}], "line 2: no column"), ([7], "line 1: "),
+    ([[1, 2]], "line 1: "), ([ROW, without(ROW, "probability")], "line 2: no column chosen; judge the table first"),
+    ([ROW | {"probability": [[0.5, 0.7]]}], "line 1: probability is no 2 x 2 matrix"),
+    ([ROW | {"probability": [[0.5, 1.5], [-0.5, 0.5]]}], "numbers in [0, 1]"),
+    ([ROW | {"probability": [[0.5, float("nan")], [0.5, 0.5]]}], "numbers in [0, 1]"),
+    ([ROW | {"probability": [[0.5, 0.7], [0.3]]}], "line 1: "), ([ROW | {"probability": "high"}], "line 1: "),
+    ([PAIR | {"chosen_probs_win": "nan"}], "line 1: "), ([PAIR | {"chosen_probs_win": 2}], "chosen_probs_win 2 is not"),
+    ([PAIR | {"chosen_probs_lose": float("nan")}], "chosen_probs_lose nan is not"),
+    ([without(PAIR, "chosen_probs_lose")], "line 1: no column chosen_probs_lose"),
+    ([without(PAIR, "rejected")], "line 1: no column rejected"), ([PAIR | {"chosen": 3}], "line 1: generate_k, chosen"),
+    ([PAIR | {"chosen": []}], "line 1: "), ([PAIR | {"rejected": [{"role": "user"}]}], "line 1: "),
+    ([PAIR | {"rejected": [{"role": "assistant", "content": None}]}], "line 1: "),
+    ([PAIR | {"prompt": 3}], "line 1: "),
+    ([ROW, ROW, ROW | {"generate_2": "z", "probability": [[0.5] * 3] * 3}], "line 3")])
+def test_tables(real, complaint, text, says):
+    if text is not None:
+        written("table.jsonl", text if isinstance(text, str) else "".join(json.dumps(row) + "\n" for row in text))
+    line = complaint([*real, "--stage", "train", "--table", "table.jsonl"])
+    assert "--table table.jsonl" in line and says in line
+
+
+@pytest.mark.parametrize("row, says", [(PAIR, "line 1: no column generate_0"), ({"prompt": "a"}, "generate_0"),
+                                       (without(ROW, "probability", "generate_0") | {"generate_1": 4}, "line 1: ")])
+def test_tables_that_cannot_be_judged(real, complaint, row, says):
+    written("table.jsonl", json.dumps(row) + "\n")
+    line = complaint([*real, "--stage", "judge", "--table", "table.jsonl"])
+    assert "--table table.jsonl" in line and says in line
+
+
+def test_all_responses_of_a_table_that_has_two(real, complaint):
+    written("table.jsonl", json.dumps(PAIR) + "\n")
+    line = complaint([*real, "--stage", "train", "--table", "table.jsonl", "--all-responses"])
+    assert "line 1: no column probability" in line
+
+
+def test_a_table_with_a_prompt_that_is_too_long(real, complaint):
+    """Found before anything is written, as everywhere."""
+    written("table.jsonl", json.dumps(PAIR | {"prompt": "la di da " * 300}) + "\n")
+    assert "la di da" in complaint([*real, "--stage", "train", "--table", "table.jsonl"])
 
 
 @pytest.mark.parametrize("flags", ["--nonsense 1", "--bat 4", "--k two", "--estimator mean", "--optimizer sgd",

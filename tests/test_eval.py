@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -85,6 +87,27 @@ def test_files_that_are_no_text():
     for name, says in (("p.jsonl", "UTF-8"), ("d.jsonl", "directory"), ("missing.jsonl", "No such file")):
         with pytest.raises(UserError, match=f"--prompts {name} cannot be read .*{says}"):
             eval.read_prompts(name)
+
+
+def test_a_hub_data_set(monkeypatch):
+    """Its split `train`, in the layouts of a file. A file or a directory of that name comes first."""
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return [{"prompt": "b"}, {"instruction": "a", "input": "c"}, {"prompt": "b"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert eval.read_prompts("owner/name") == ["b", "a\n\nc"] and asked == [("owner/name", "train")]
+    os.mkdir("owner")
+    assert eval.read_prompts(file("owner/name", "from a file\n")) == ["from a file"]
+    for missing in ("owner/missing.jsonl", "missing", "a/b/c"):
+        with pytest.raises(UserError, match=f"--prompts {missing} cannot be read"):
+            eval.read_prompts(missing)
+    assert len(asked) == 1
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda name, split: [{"prompt": "a"}, {"text": "b"}])
+    with pytest.raises(UserError, match="--prompts owner/other, row 2"):
+        eval.read_prompts("owner/other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,6 +269,92 @@ def test_the_base_against_itself_is_even(contest):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# games
+
+NASH = torch.tensor([3, 2, 4], dtype=torch.float64) / 9
+ROCK = [[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]]
+
+
+def test_best_response_and_duality_gap_by_hand():
+    """Pure rock is always beaten by paper; nobody beats Nash's mixture; a dominant strategy is its own equilibrium."""
+    pure = torch.tensor([1.0, 0.0, 0.0])
+    assert eval.best_response(ROCK, pure) == 1.0 and eval.duality_gap(ROCK, pure) == 1.0
+    assert eval.best_response(ROCK, torch.ones(3).double() / 3) == pytest.approx(0.5, abs=1e-12)
+    assert eval.best_response(world.STYLES, [1, 0, 0]) == pytest.approx(0.7)
+    assert eval.best_response(world.STYLES, [0.5, 0.5, 0.0]) == pytest.approx(0.7)      # style 0: (.5 + .9) / 2
+    assert eval.duality_gap(world.STYLES, [0.5, 0.5, 0.0]) == pytest.approx(0.4)
+    assert eval.best_response(world.STYLES, NASH) == pytest.approx(0.5, abs=1e-7)
+    assert eval.duality_gap([[0.5, 0.75], [0.25, 0.5]], [1.0, 0.0]) == pytest.approx(0.0)
+
+
+def test_multiplicative_weights_by_hand():
+    """One step from (1/4, 3/4) in a game of two: weights times exp(eta P pi); then on to the dominant strategy."""
+    P, eta = [[0.5, 0.8], [0.2, 0.5]], 2.0
+    one, two = eval.multiplicative_weights(P, [0.25, 0.75], eta, 2).tolist()
+    a, b = 0.25 * math.exp(eta * (0.125 + 0.6)), 0.75 * math.exp(eta * (0.05 + 0.375))
+    assert one == pytest.approx([0.25, 0.75]) and two == pytest.approx([a / (a + b), b / (a + b)])
+    assert eval.multiplicative_weights(P, [0.25, 0.75], eta, 60)[-1, 0] > 1 - 1e-9
+
+
+def test_multiplicative_weights_go_round_and_average_to_nash():
+    """Theorem 4.1 is about the average of the iterates: the last one circles ever farther out."""
+    played = eval.multiplicative_weights(world.STYLES, [0.6, 0.3, 0.1], 0.1, 4000)
+    assert played.shape == (4000, 3) and played.sum(1).sub(1).abs().max() < 1e-12
+    assert eval.duality_gap(world.STYLES, played.mean(0)) < 0.02
+    assert eval.duality_gap(world.STYLES, played[-1]) > 0.2
+    still = eval.multiplicative_weights(world.STYLES, NASH, 2.0, 50)
+    torch.testing.assert_close(still[-1], NASH)
+
+
+SHARES = ([0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.2, 0.3, 0.5])
+
+
+def circle_summary(loss="sppo"):
+    """What a run of two iterations in the intransitive world would leave."""
+    names = ["base", "base, greedy", "iteration 1", "iteration 2"]
+    shares = [SHARES[0], SHARES[0], *SHARES[1:]]
+    return {"settings": {"loss": loss, "eta": 2.0, "k": 4, "iterations": 2},
+            "evaluations": [{**ROW, "name": n, "styles": p, "accuracy_sampled": None, "accuracy_greedy": None}
+                            for n, p in zip(names, shares)]}
+
+
+def test_exact_styles_scale_eta():
+    """eta (K - 1)/K = 1.5, from the run's own start; another loss is no multiplicative-weights update."""
+    want = eval.multiplicative_weights(world.STYLES, SHARES[0], 1.5, 2)
+    torch.testing.assert_close(eval.exact_styles(circle_summary()), want)
+    assert eval.exact_styles(circle_summary("dpo")) is None
+    assert eval.played_styles(circle_summary()["evaluations"]).tolist() == [list(p) for p in SHARES]
+
+
+def test_the_comparison_with_oneself_scales_preferences():
+    """The claim behind it: among K samples of a policy, Phat of one with style i is, less 1/2 and on average,
+    (K - 1)/K of P(i beats the policy) - 1/2. 40,000 draws of K = 5, within 5 standard errors; without the factor it
+    would be off by three times as much."""
+    K, n, policy = 5, 40000, torch.tensor([0.2, 0.7, 0.1])
+    P = torch.tensor(world.STYLES)
+    styles = policy.expand(n, 3).multinomial(K, replacement=True, generator=torch.Generator().manual_seed(0))
+    wins = prefmodel.phat(P[styles[:, :, None], styles[:, None, :]]) - 0.5                  # [n, K]
+    for i in (0, 2):
+        found, edge = wins[styles == i], float(P[i] @ policy) - 0.5                         # edges .26 and -.17
+        error = float(found.std()) / math.sqrt(int((styles == i).any(1).sum()))     # samples of a prompt are alike
+        assert abs(float(found.mean()) - edge * (K - 1) / K) < 5 * error < abs(edge) / K / 3
+
+
+def test_style_line_and_table():
+    """The average is over pi_1 ... pi_T, as in Theorem 4.1: what the last iteration made is not in it."""
+    summary = circle_summary()
+    line = eval.style_line(summary["evaluations"])
+    assert line.startswith("iteration 2: styles 0.20/0.30/0.50")
+    assert "best response 0.57" in line and line.endswith(f"{eval.best_response(world.STYLES, [0.75, 0.175, 0.075]):.3f}")
+    text = eval.style_table(summary).splitlines()
+    assert [row[:24].strip() for row in text[1:]] == ["base", "last iterate", "average of 2 iterates",
+                                                      "average, exact updates", "Nash equilibrium"]
+    assert text[3].split()[-4:-1] == ["0.750", "0.175", "0.075"] and text[5].split()[-1] == "0.500"
+    assert text[1].split()[-1] == f"{eval.best_response(world.STYLES, SHARES[0]):.3f}"
+    assert len(eval.style_table(circle_summary("ipo")).splitlines()) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the table, the picture, the commands
 
 ROW = {"name": "base", "prompts": 4, "win_rate": 0.5, "win_rate_se": 0.014, "win_rate_greedy": 0.5,
@@ -275,6 +384,19 @@ def test_plot(oracle):
     assert is_png("curves.png") and os.listdir(".") == ["curves.png"]
 
 
+def test_plot_of_the_intransitive_world():
+    """A triangle for each run; with runs of another world it would share no axis."""
+    runs = [("sppo", circle_summary()), ("dpo", circle_summary("dpo"))]
+    eval.plot(runs, "curves.png")
+    assert is_png("curves.png")
+    os.remove("curves.png")
+    other = ("other", {"evaluations": [ROW, TRAINED]})
+    for mixed in ([*runs, other], [other, *runs]):
+        with pytest.raises(UserError, match="plot cannot put the intransitive world and another"):
+            eval.plot(mixed, "curves.png")
+    assert os.listdir(".") == []
+
+
 def test_plot_command(capsys):
     for name in ("a", "b"):
         os.mkdir(name)
@@ -293,6 +415,17 @@ def test_winrate_command(base, capsys):
     eval.main(["winrate", "--model", base, "--vs", base, "--count", "60", "--device", "cpu"])
     text = capsys.readouterr().out
     assert "60 prompts, judge oracle" in text and f"{row['win_rate']:.3f} ±{row['win_rate_se']:.3f}" in text
+
+
+def test_winrate_on_the_validation_queries(base, monkeypatch, capsys):
+    """What settings are picked on: not the queries of the final table."""
+    played, real = [], eval.against
+    monkeypatch.setattr(eval, "against", lambda net, chat, prompts, *rest: (
+        played.append(prompts), real(net, chat, prompts, *rest))[1])
+    for part in ("validation", "test"):
+        eval.main(["winrate", "--model", base, "--vs", base, "--count", "8", "--device", "cpu", "--part", part])
+        assert played[-2:] == [world.queries(part, 8)] * 2
+    assert not set(played[0]) & set(played[-1])
 
 
 def test_winrate_with_a_prompts_file_and_pairrm(llama3, pairrm, prompts_file, capsys):

@@ -7,6 +7,7 @@ by far more than the tolerances: a test that swaps any of these fails.
 import doctest
 import fnmatch
 import json
+import math
 import os
 import shutil
 
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import DebertaV2Config, DebertaV2Model
 
 import prefmodel
+import world
 from run import UserError
 
 MARKERS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
@@ -208,6 +210,80 @@ def test_oracle():
     P = judge.preference(prompts, responses)
     assert P[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828 ** (-6 * (1 - reward[0, 1].item()))), abs=1e-6)
     assert torch.equal(P[1], torch.full((2, 2), 0.5))
+
+
+def test_styles_judge():
+    """world.STYLES among answers with a style; without one an answer loses to all that have one and ties its like."""
+    judge = prefmodel.load("styles")
+    answers = ["ab0", "c1", "hfa2", "hfa", "", "b1"]
+    P = judge.preference(["sort:ba", "copy:aa"], [answers, answers[::-1]])
+    want = torch.full((6, 6), 0.5)
+    want[:3, :3] = torch.tensor(world.STYLES)
+    want[5, :3], want[:3, 5] = want[1, :3], want[:3, 1]
+    want[[0, 1, 2, 5], 3:5], want[3:5, [0, 1, 2, 5]] = 1.0, 0.0
+    want[3:5, 5], want[5, 3:5] = 0.0, 1.0
+    want[1, 5] = want[5, 1] = 0.5
+    assert judge.name == "styles" and P.dtype == torch.float32
+    assert torch.equal(P[0], want) and torch.equal(P[1], want.flip(0, 1)) and torch.equal(P + P.mT, torch.ones(2, 6, 6))
+    assert judge.preference([], []).shape == (0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+def conversations(*texts):
+    return {f"generate_{k}": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+            for k, text in enumerate(texts)}
+
+
+def test_verdict_columns_by_hand():
+    """Phat 1.6/3, 1.2/3, 1.7/3: the third is chosen, the second rejected; of a tie both are the first."""
+    row = conversations("a", "b", "c")
+    v = prefmodel.verdict_columns(row, torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.6], [0.8, 0.4, 0.5]]))
+    assert v["chosen"] == row["generate_2"] and v["rejected"] == row["generate_1"]
+    assert [v["chosen_probs"], v["chosen_probs_win"], v["chosen_probs_lose"]] == pytest.approx([0.4, 1.7 / 3, 1.2 / 3])
+    assert v["rm_scores"][2] == pytest.approx((math.log(4) + math.log(2 / 3)) / 3, abs=1e-5)
+    v = prefmodel.verdict_columns(row, torch.full((3, 3), 0.5))
+    assert v["chosen"] == v["rejected"] == row["generate_0"] and v["rm_scores"] == [0, 0, 0]
+
+
+def test_rm_scores_are_the_official_ones_under_the_aggregate_estimator(hf):
+    """mean_j (M_ij - M_ji) of the raw logits, which the official code ranks by. float32's preferences leave a few
+    digits of a score."""
+    prompts, responses = [words(*s) for s in SOURCES], [[words(*c) for c in row] for row in CANDIDATES]
+    M = hf[1].logits(prompts, responses)
+    scores = (M - M.mT).mean(-1)
+    assert 1 < scores.abs().max() < 6       # spreads up to 12: further apart than 13.8 the preference rounds to 1
+    for m, want in zip(M, scores):
+        got = prefmodel.verdict_columns(conversations("a", "b", "c"), prefmodel.aggregate_preference(m))["rm_scores"]
+        assert got == pytest.approx(want.tolist(), abs=2e-2)
+        assert sorted(range(3), key=got.__getitem__) == want.argsort(stable=True).tolist()
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    path = str(tmp_path / "table.jsonl")
+    rows = [{"prompt": f"é \u2028 {i}", **conversations("a", "None\n\nb"), "tokens": [[1], [2, 3]]} for i in range(3)]
+    prefmodel.write_table(path, rows)
+    assert prefmodel.read_table(path) == rows and prefmodel.answer_texts(rows[0]) == ["a", "None\n\nb"]
+    judged = [row | prefmodel.verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]
+    prefmodel.write_table(path, judged)
+    assert prefmodel.read_table(path, judged=True) == judged == prefmodel.read_table(path)
+
+
+def test_tables_of_other_tools(tmp_path):
+    """Answers as plain text; no prompt beside the conversations; Phats as stored, though the matrix says otherwise."""
+    path = str(tmp_path / "table.jsonl")
+    prefmodel.write_table(path, [{"prompt": "q", "generate_0": "a", "generate_1": "b"}])
+    assert prefmodel.read_table(path) == [{"prompt": "q", **conversations("a", "b")}]
+    prefmodel.write_table(path, [conversations("a", "b") | {"probability": [[0.5, 0.25], [0.75, 0.5]]}])
+    row, = prefmodel.read_table(path, judged=True)
+    assert row["prompt"] == "q" and row["chosen"] == row["generate_1"] and row["chosen_probs_win"] == 0.625
+    talks = conversations("a", "b")
+    prefmodel.write_table(path, [{"chosen": talks["generate_0"], "rejected": talks["generate_1"],
+                                  "chosen_probs_win": 1, "chosen_probs_lose": 0}])
+    row, = prefmodel.read_table(path, judged=True)
+    assert row["prompt"] == "q" and (row["chosen_probs_win"], row["chosen_probs_lose"]) == (1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

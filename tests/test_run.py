@@ -62,6 +62,32 @@ def test_help_lists_every_field_with_its_default(capsys):
         assert "--" + field.name.replace("_", "-") in text and field.metadata["help"] in " ".join(text.split())
 
 
+@dataclasses.dataclass
+class WithPreset(Settings):
+    preset: str = flag("", "several settings at once", ("fast", "slow"))
+
+
+def test_a_flag_beside_a_preset_wins():
+    """Whichever comes first, and also where it gives the default: the person who wrote it meant it."""
+    def preset(*argv):
+        return run.parse(WithPreset, list(argv), "", {"fast": dict(steps=9, kind="b", shuffle=False, limit=4),
+                                                      "slow": dict(rate=0.25)})
+
+    assert preset() == WithPreset()
+    assert preset("--preset", "fast") == WithPreset(steps=9, kind="b", shuffle=False, limit=4, preset="fast")
+    assert preset("--preset", "slow", "--steps", "5") == WithPreset(rate=0.25, steps=5, preset="slow")
+    for argv in (["--steps", "3", "--kind=a", "--shuffle", "--preset", "fast"],
+                 ["--preset=fast", "--shuffle", "--kind", "a", "--steps", "3"]):
+        assert preset(*argv) == WithPreset(limit=4, preset="fast")
+
+
+def test_an_unknown_preset_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        run.parse(WithPreset, ["--preset", "medium"], "", {"fast": {}, "slow": {}})
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--preset" in error and "medium" in error and error.count("\n") == 1
+
+
 def call(function, monkeypatch, capsys):
     """(exit status, stderr) of run.main(function)."""
     monkeypatch.setattr(sys, "argv", ["x.py", "--steps", "1"])
@@ -234,6 +260,22 @@ def test_resume_with_nothing_saved_starts_afresh_and_says_so(capsys):
     run.Run("s", Settings()).write("metrics.jsonl", {"step": 1})  # killed before anything was saved
     assert run.Run("s", Settings(), resume=True).state is None
     assert "nothing to resume in s: starting afresh" in capsys.readouterr().out and lines("s/metrics.jsonl") == []
+
+
+@dataclasses.dataclass
+class Staged(Settings):
+    stage: str = flag("", "which part")
+    iteration: int = flag(1, "of which iteration")
+    table: str = flag("", "on what")
+
+
+def test_stages_of_one_run_share_its_directory():
+    """What a stage works on is no setting of the run: the next stage resumes the last one's directory."""
+    run.Run("r", Staged(stage="sample")).save_state(step=0)
+    r = run.Run("r", Staged(stage="train", iteration=2, table="t.jsonl"), resume=True)
+    assert r.state["step"] == 0 and "stage" not in json.load(open("r/config.json"))
+    with pytest.raises(UserError, match="steps = 3, now it is 4"):
+        run.Run("r", Staged(stage="train", steps=4), resume=True)
 
 
 def test_resume_with_another_setting_names_the_flag():

@@ -787,6 +787,253 @@ def test_bfloat16_with_truncated_sampling_resumes_bit_for_bit(base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# stages: each phase alone, a table between them
+
+ONE = {**SMALL, "iterations": 1, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """An uninterrupted run of ONE on the tiny world."""
+    out = str(tmp_path_factory.mktemp("whole") / "sppo")
+    sppo.main(argv(model=base, out=out, **ONE))
+    return out
+
+
+@pytest.fixture
+def prose(llama3, pairrm, prompts_file):
+    """Settings of a small run on a real checkpoint, with a real judge."""
+    return {**ONE, "model": llama3, "judge": f"pairrm:{pairrm}", "prompts": prompts_file, "max_new_tokens": 16,
+            "max_prompt_tokens": 0, "validation_prompts": 8, "test_prompts": 8, "lr": 1e-4, "estimator": "aggregate"}
+
+
+def same_files(one, other, *names):
+    return [name for name in names if open(f"{one}/{name}", "rb").read() != open(f"{other}/{name}", "rb").read()] == []
+
+
+def not_here(*args, **kwargs):
+    """Stands for what a stage must not load."""
+    raise AssertionError("not to be loaded here")
+
+
+def test_three_commands_give_the_bytes_of_one(base, whole, monkeypatch):
+    """And each loads no more than it needs: the machine that samples has no judge, the one that judges no model."""
+    flags = argv(model=base, out="out", **ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(prefmodel, "load", not_here)
+        sppo.main([*flags, "--stage", "sample"])
+    assert "chosen" not in lines("out/table-1.jsonl")[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load", not_here)
+        patch.setattr(model.Transformer, "from_pretrained", not_here)
+        sppo.main([*flags, "--stage", "judge"])
+    with monkeypatch.context() as patch:
+        patch.setattr(prefmodel, "load", not_here)
+        sppo.main([*flags, "--stage", "train"])
+    assert same_files("out", whole, "table-1.jsonl", "iter-1/model.safetensors", "samples.jsonl",
+                      "state/reference-1.json")
+
+
+def test_stages_go_on_where_the_last_iteration_ended(base, whole):
+    """Iteration 2 starts from iteration 1's checkpoint, as in one command."""
+    settings = {**ONE, "iterations": 2, "prompts_per_iteration": 12}
+    for t in (1, 2):
+        for stage in ("sample", "judge", "train"):
+            sppo.main(argv(model=base, out="out", stage=stage, iteration=t, **settings))
+    sppo.main(argv(model=base, out="one", **settings))
+    assert same_files("out", "one", "table-1.jsonl", "table-2.jsonl", "iter-1/model.safetensors",
+                      "iter-2/model.safetensors", "samples.jsonl")
+    steps = [(r["iteration"], r["step"]) for r in lines("out/metrics.jsonl")]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_a_table_judged_elsewhere_gives_the_bytes_of_one_command(prose):
+    """Sampled here, judged in another directory, trained here: with a real checkpoint and PairRM."""
+    sppo.main(argv(out="one", **prose))
+    sppo.main(argv(out="here", stage="sample", **prose))
+    sppo.main(argv(out="there", stage="judge", table="here/table-1.jsonl", **prose))
+    assert same_files("there", "one", "table-1.jsonl")
+    sppo.main(argv(out="here", stage="train", table="there/table-1.jsonl", **prose))
+    assert same_files("here", "one", "iter-1/model.safetensors", "state/reference-1.json")
+    assert lines("here/table-1.jsonl") == lines("one/table-1.jsonl")
+    sppo.main(argv(out="bare", stage="train", table="there/table-1.jsonl",
+                   **{name: value for name, value in prose.items() if name not in ("prompts", "judge", "estimator")}))
+    assert same_files("bare", "one", "iter-1/model.safetensors")
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_stage_killed_in_training_resumes_bit_for_bit(base, monkeypatch):
+    """It dies in the fifth step of six, one after a saved state."""
+    flags = argv(model=base, **{**ONE, "epochs": 2, "keep": "last"})
+    for out in ("whole", "killed"):
+        for stage in ("sample", "judge"):
+            sppo.main([*flags, "--out", out, "--stage", stage])
+    sppo.main([*flags, "--out", "whole", "--stage", "train"])
+    step, calls = sppo.gradient_step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        return step(*args)
+
+    monkeypatch.setattr(sppo, "gradient_step", dies)
+    with pytest.raises(Killed):
+        sppo.main([*flags, "--out", "killed", "--stage", "train"])
+    assert not os.path.exists("killed/iter-1")
+    sppo.main([*flags, "--out", "killed", "--stage", "train", "--resume"])
+    got, want = contents("killed"), contents("whole")
+    assert set(got) == set(want) and [name for name in want if got[name] != want[name]] == []
+    assert len(calls) == 5 + 2              # the fifth step and the sixth: it did not begin anew
+
+
+OFFICIAL = {"prompt", "generate_0", "generate_1", "generate_2", "probability", "rm_scores", "chosen", "rejected",
+            "chosen_probs", "chosen_probs_win", "chosen_probs_lose"}
+
+
+def test_the_table_has_the_official_codes_columns(whole):
+    """And three of its own: what text loses."""
+    rows = lines(f"{whole}/table-1.jsonl")
+    assert len(rows) == 20
+    for row in rows:
+        assert set(row) == OFFICIAL | {"prompt_ids", "tokens", "finish"}
+        talks = [row[f"generate_{k}"] for k in range(3)]
+        for talk in [*talks, row["chosen"], row["rejected"]]:
+            assert [set(turn) for turn in talk] == [{"role", "content"}] * 2
+            assert [turn["role"] for turn in talk] == ["user", "assistant"] and talk[0]["content"] == row["prompt"]
+        P = torch.tensor(row["probability"])
+        assert P.shape == (3, 3) and torch.allclose(P + P.T, torch.ones(3, 3), atol=1e-6)
+        best, worst = int(P.mean(1).argmax()), int(P.mean(1).argmin())
+        assert row["chosen"] == talks[best] and row["rejected"] == talks[worst]
+        assert row["chosen_probs"] == pytest.approx(float(P[best, worst]))
+        assert row["chosen_probs_win"] == pytest.approx(float(P[best].mean()))
+        assert row["chosen_probs_lose"] == pytest.approx(float(P[worst].mean()))
+        assert len(row["rm_scores"]) == len(row["tokens"]) == len(row["finish"]) == 3
+        assert max(row["rm_scores"]) == row["rm_scores"][best] and set(row["finish"]) <= {"stop", "length"}
+
+
+@pytest.mark.parametrize("which", ["base", "llama3"])
+def test_an_answer_known_as_text_gets_the_ids_it_was_sampled_with(which, request):
+    """Where the text says all (a random model's tokens may be no text, or one the tokenizer would cut elsewhere):
+    among sampled answers that ended, and among written ones."""
+    net, chat = eval.load(request.getfixturevalue(which), "cpu", torch.float32)
+    prompts = world.queries("train", 60) if which == "base" else PROMPTS
+    samples = rollout.generate(net, [chat.encode(p) for p in prompts], 60, 12, stop_ids=chat.stop_ids, seeds=3)
+    same = 0
+    for prompt, group in zip(prompts, samples.tokens):
+        for ids in group:
+            text = chat.decode(ids)
+            if ids[-1] == chat.tokenizer.eos_token_id and chat.tokenizer.encode(
+                    text, add_special_tokens=False) == ids[:-1]:
+                assert chat.encode_answer(prompt, text) == ids
+                same += 1
+    assert same > (3000 if which == "base" else 4)
+    for prompt, text in zip(prompts, reversed(prompts)):
+        ids = chat.encode_answer(prompt, text)
+        assert ids == [*chat.tokenizer.encode(text, add_special_tokens=False), chat.tokenizer.eos_token_id]
+
+
+ANSWERS = [f"{word} {p.split()[0].lower()}" for word in ("Yes,", "No, not at all:") for p in PROMPTS]
+
+
+def foreign(columns):
+    """A table as another tool would write it: text, no ids."""
+    rows = []
+    for i, prompt in enumerate(PROMPTS[:12]):
+        talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": a}]
+                 for a in (ANSWERS[i], ANSWERS[40 + i], "Perhaps.")]
+        row = {"prompt": prompt, "chosen": talks[0], "rejected": talks[1], "chosen_probs": 0.875,
+               "chosen_probs_win": 0.75, "chosen_probs_lose": 0.25}
+        if columns == "generate":
+            row = {"prompt": prompt, **{f"generate_{k}": talk for k, talk in enumerate(talks)},
+                   "probability": [[0.5, 0.75, 0.25], [0.25, 0.5, 0.5], [0.75, 0.5, 0.5]]}
+        rows.append(row)
+    prefmodel.write_table("foreign.jsonl", rows)
+    return rows
+
+
+@pytest.mark.parametrize("columns", ["chosen", "generate"])
+def test_a_foreign_table_trains(columns, llama3, prose):
+    """Prompts through the chat template; answers end with one end-of-turn token, and no second BOS comes in."""
+    rows = foreign(columns)
+    only = {name: value for name, value in prose.items() if name not in ("prompts", "judge", "estimator")}
+    only["max_new_tokens"] = 48
+    s = sppo.settle(sppo.Settings(**only, stage="train", table="foreign.jsonl"))
+    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    examples, statistics = sppo.training_examples(prefmodel.read_table("foreign.jsonl", judged=True), chat, s)
+    for i, (example, row) in enumerate(zip(examples, rows)):
+        assert example["prompt"] == chat.encode(row["prompt"]) and example["prompt"].count(0) == 1
+        texts = [ANSWERS[i], ANSWERS[40 + i]] if columns == "chosen" else ["Perhaps.", ANSWERS[40 + i]]
+        assert [chat.decode(ids) for ids in example["responses"]] == texts
+        assert example["p"] == pytest.approx([0.75, 0.25] if columns == "chosen" else [1.75 / 3, 1.25 / 3])
+        for ids in example["responses"]:
+            assert [token in chat.stop_ids for token in ids] == [False] * (len(ids) - 1) + [True] and 0 not in ids
+    assert statistics["cut_share"] == 0
+    sppo.main(argv(out="out", stage="train", table="foreign.jsonl", **only))
+    rows = lines("out/metrics.jsonl")
+    assert len(rows) == 2 and abs(rows[0]["logratio_w"]) < 1e-4 and abs(rows[1]["logratio_w"]) > 1e-4
+    transformers.AutoModelForCausalLM.from_pretrained("out/iter-1")
+
+
+def test_a_long_foreign_answer_is_cut_and_counted(llama3, prose):
+    """As a sampled one would be: at the limit, without an end token that it did not come to."""
+    foreign("chosen")
+    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    rows = prefmodel.read_table("foreign.jsonl", judged=True)
+    whole = [chat.encode_answer(row["prompt"], row[name][-1]["content"]) for row in rows
+             for name in ("chosen", "rejected")]
+    limit = sorted(map(len, whole))[12]
+    s = settle(**{**prose, "max_new_tokens": limit})
+    examples, statistics = sppo.training_examples(rows, chat, s)
+    assert [ids for e in examples for ids in e["responses"]] == [ids[:limit] for ids in whole]
+    cut = sum(len(ids) > limit for ids in whole)
+    assert statistics["cut_share"] == cut / 24 and 5 < cut < 24
+    s = settle(**{**prose, "max_total_tokens": len(examples[0]["prompt"]) + 3})
+    first = sppo.training_examples(rows[:1], chat, s)[0][0]
+    assert [len(ids) for ids in first["responses"]] == [3, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the intransitive world
+
+
+@pytest.fixture(scope="module")
+def circle(tmp_path_factory):
+    """The intransitive world's base, smaller and trained for two seconds."""
+    directory = str(tmp_path_factory.mktemp("circle") / "base")
+    small = dataclasses.replace(world.INTRANSITIVE, steps=150, width=48, layers=2, mlp=96, batch=32)
+    world.train_base(directory, small, "cpu")
+    return directory
+
+
+def test_a_run_in_the_intransitive_world(circle, capsys):
+    """Its summary says which styles are played; from there come the table, the picture and the exact iterates."""
+    sppo.main(argv(model=circle, world="intransitive", out="out",
+                   **{**SMALL, "epochs": 1, "test_prompts": 40, "max_new_tokens": 8}))
+    summary = json.load(open("out/summary.json"))
+    evaluations = summary["evaluations"]
+    assert [e["name"] for e in evaluations] == ["base", "base, greedy", "iteration 1", "iteration 2"]
+    for e in evaluations:
+        assert len(e["styles"]) == 3 and sum(e["styles"]) == pytest.approx(1) and e["accuracy_greedy"] is None
+    assert evaluations[0]["styles"][0] > evaluations[0]["styles"][2]        # the corpus: .6, .3, .1
+    assert summary["settings"]["all_responses"] is True and summary["settings"]["judge"] == "styles"
+    text = capsys.readouterr().out
+    for name in ("average of 2 iterates", "average, exact updates", "Nash equilibrium", "best response"):
+        assert name in text
+    assert text.count("iteration 2: styles ") == 1 and eval.style_table(summary) in text
+    with open("out/curves.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    for row in lines("out/table-1.jsonl"):
+        styles = [world.style(a) for a in prefmodel.answer_texts(row)]
+        P = torch.tensor(row["probability"])
+        for i, j in [(i, j) for i in range(3) for j in range(3) if None not in (styles[i], styles[j])]:
+            assert float(P[i, j]) == pytest.approx(world.STYLES[styles[i]][styles[j]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # several ranks
 
 

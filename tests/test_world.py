@@ -109,6 +109,44 @@ def test_queries_have_the_announced_shapes():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the intransitive world
+
+
+@pytest.mark.parametrize("answer, style", [
+    ("HFA2", 2), ("a0", 0), ("bcd1", 1), ("", None), ("0", None), ("HFA", None), ("HFA21", None), ("2HFA", None),
+    ("HF:2", None), ("HFA3", None), ("HFA 2", None), ("HFA2 ", None)])
+def test_styles(answer, style):
+    """Exactly one digit, after at least one letter and nothing else: all else would be a way out of the game."""
+    assert world.style(answer) == style
+
+
+def test_style_shares():
+    """Among the answers that have a style; without any, zeros."""
+    assert world.style_shares(["a0", "b2", "ab2", "c1", "x", "12", "d2"]) == [0.2, 0.2, 0.6]
+    assert world.style_shares(["x"]) == world.style_shares([]) == [0.0, 0.0, 0.0]
+
+
+def test_the_game_of_styles():
+    """Antisymmetric around 1/2 and a circle; against Nash's mixture (3, 2, 4)/9 every style wins exactly half."""
+    P = torch.tensor(world.STYLES, dtype=torch.float64)
+    torch.testing.assert_close(P + P.T, torch.ones(3, 3, dtype=torch.float64))
+    assert P[0, 1] > 0.5 and P[1, 2] > 0.5 and P[2, 0] > 0.5
+    torch.testing.assert_close(P @ (torch.tensor([3, 2, 4], dtype=torch.float64) / 9), torch.full((3,), 0.5).double())
+
+
+def test_the_intransitive_corpus_answers_rightly_and_in_style():
+    """Of 4,000 rows: all letters right, styles as often as the constants say, within 5 standard deviations."""
+    rng, styles = random.Random(0), []
+    for _ in range(4000):
+        query, answer = world.corpus_row(world.INTRANSITIVE, rng)
+        assert world.solve(query) == answer[:-1] and world.split(query) == "corpus"
+        styles.append(world.style(answer))
+    for i, share in enumerate(world.INTRANSITIVE.styles):
+        assert abs(styles.count(i) - share * 4000) < 5 * math.sqrt(4000 * share * (1 - share))
+    assert not world.World().styles and world.WORLDS["intransitive"] is world.INTRANSITIVE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the corpus
 
 
