@@ -152,14 +152,15 @@ class Chat:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return ids + [self.tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
-    def room(self, max_prompt_tokens, max_new_tokens):
-        """How many tokens a prompt may have; 0 for max_prompt_tokens = as many as the context has."""
-        return min(max_prompt_tokens or self.context, self.context - max_new_tokens)
+    def room(self, max_prompt_tokens, max_new_tokens, max_total_tokens=0):
+        """How many tokens a prompt may have; 0 for a maximum of the prompt or the total = no such bound."""
+        return min(max_prompt_tokens or self.context, self.context - max_new_tokens,
+                   (max_total_tokens or self.context) - 1)
 
-    def encode_all(self, prompts, max_prompt_tokens, max_new_tokens):
+    def encode_all(self, prompts, max_prompt_tokens, max_new_tokens, max_total_tokens=0):
         """Ids of every prompt. Raises UserError for one that leaves no room to answer:
         truncating it would change the question."""
-        room = self.room(max_prompt_tokens, max_new_tokens)
+        room = self.room(max_prompt_tokens, max_new_tokens, max_total_tokens)
         ids = [self.encode(p) for p in prompts]
         for p, tokens in zip(prompts, ids):
             if len(tokens) > room:
@@ -190,6 +191,12 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_rows: int = 256
+    max_total_tokens: int = 0       # of prompt and answer together; 0 = no such bound
+
+    def limit(self, prompt):
+        """How many tokens the answer to a prompt's ids may have."""
+        total = self.max_total_tokens or math.inf
+        return int(max(1, min(self.max_new_tokens, total - len(prompt))))
 
 
 def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0, 1)):
@@ -200,7 +207,8 @@ def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0,
     """
     rank, ranks = shard
     mine = range(rank, len(ids), ranks)
-    samples = rollout.generate(net, [ids[b] for b in mine], 1 if greedy else n, sampling.max_new_tokens,
+    n = 1 if greedy else n
+    samples = rollout.generate(net, [ids[b] for b in mine], n, [[sampling.limit(ids[b])] * n for b in mine],
                                temperature=0 if greedy else sampling.temperature, top_p=sampling.top_p,
                                stop_ids=chat.stop_ids, seeds=[seed + b for b in mine],
                                max_rows=sampling.max_rows, desc=desc)
@@ -302,8 +310,14 @@ COLUMNS = {  # of the table over several runs: heading -> key of summary.json's 
 def table_of_runs(summaries):
     """Markdown: one row for each method and iteration, mean over its runs (seeds) and in brackets smallest-largest.
     The base is one row, whatever the method. Log-ratios in nats, over the kept epoch's steps."""
-    groups = {}
+    groups, settings = {}, {}
     for summary in summaries:
+        one = {k: v for k, v in summary["settings"].items() if k not in ("seed", "out", "resume", "overwrite")}
+        other = settings.setdefault(summary["method"], one)
+        for name in one:
+            if one[name] != other.get(name):
+                raise run.UserError(f"table takes the mean over seeds, but two runs of {summary['method']} differ in "
+                                    f"{name}: {other.get(name)} and {one[name]}; give one table to each")
         for row in summary["evaluations"]:
             name = row["name"] if row["name"].startswith("base") else f"{summary['method']}, {row['name']}"
             groups.setdefault(name, []).append(row)
@@ -330,6 +344,10 @@ def table_of_runs(summaries):
 # games: n strategies, P [n, n] with P[i, j] = P(i beats j), P + P^T = 1; a policy is [n] probabilities; all float64
 
 
+def _float64(x):
+    return torch.as_tensor(x, dtype=torch.float64)
+
+
 def multiplicative_weights(P, start, eta, steps):
     """SPPO's (4.1) solved exactly: pi_{t+1} ~ pi_t exp(eta P pi_t). Returns the iterates pi_1 = start, ..., [steps, n].
 
@@ -337,7 +355,7 @@ def multiplicative_weights(P, start, eta, steps):
     >>> multiplicative_weights(P, torch.ones(3) / 3, eta=2.0, steps=2)[1]       # style 0 beats the uniform mixture most
     tensor([0.3792, 0.3104, 0.3104], dtype=torch.float64)
     """
-    P, log_pi, iterates = torch.as_tensor(P).double(), torch.as_tensor(start).double().log(), []
+    P, log_pi, iterates = _float64(P), _float64(start).log(), []
     for _ in range(steps):
         iterates.append(log_pi.softmax(0))
         log_pi = log_pi + eta * (P @ iterates[-1])
@@ -346,7 +364,7 @@ def multiplicative_weights(P, start, eta, steps):
 
 def best_response(P, policy):
     """How often the strategy that does best against `policy` beats it: 1/2 at the Nash equilibrium, more elsewhere."""
-    return float((torch.as_tensor(P).double() @ torch.as_tensor(policy).double()).max())
+    return float((_float64(P) @ _float64(policy)).max())
 
 
 def duality_gap(P, policy):
@@ -356,13 +374,13 @@ def duality_gap(P, policy):
 
 def exact_styles(summary):
     """What the intransitive run would do without sampling and regression: the iterates of (4.1), [T, 3], from the run's
-    own start; None for a run with another loss.
+    own start; None for a run without --all-responses, which does something else.
 
     eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
     Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2.
     """
     s = summary["settings"]
-    if s["loss"] != "sppo":
+    if not s["all_responses"]:
         return None
     return multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], s["eta"] * (s["k"] - 1) / s["k"],
                                   s["iterations"])
@@ -484,7 +502,7 @@ class WinrateSettings:
     model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)")
     vs: str = run.flag("", "the checkpoint it plays against (needed)")
     prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's queries")
-    judge: str = run.flag("oracle", "who judges: oracle (embedded world), pairrm:DIR_OR_HUB_ID")
+    judge: str = run.flag("oracle", "who judges: oracle or styles (embedded worlds), pairrm:DIR_OR_HUB_ID")
     estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
     part: str = run.flag("test", "the embedded world's queries to play on; validation is where settings are picked",
                          ("test", "validation"))
@@ -511,18 +529,19 @@ def winrate(argv):
     if s.max_new_tokens < 0:
         raise run.UserError(f"--max-new-tokens {s.max_new_tokens} must not be negative; 0 takes the default")
     prompts = (read_prompts(s.prompts) if s.prompts else world.queries(s.part, s.count))[:s.count]
-    if s.judge == "oracle" and not all(map(world.parse, prompts)):
-        raise run.UserError("--judge oracle knows only the embedded world's queries; "
+    on_world = s.judge in prefmodel.WORLD_JUDGES
+    if on_world and not all(map(world.parse, prompts)):
+        raise run.UserError(f"--judge {s.judge} knows only the embedded world's queries; "
                             "with other --prompts give --judge pairrm:DIR_OR_HUB_ID")
     device, dtype = run.device_and_dtype(s.device, s.dtype)
     judge = prefmodel.load(s.judge, s.estimator, device, dtype)
-    sampling = Sampling(s.max_new_tokens or (24 if s.judge == "oracle" else 1024), s.temperature, s.top_p, s.max_rows)
+    sampling = Sampling(s.max_new_tokens or (24 if on_world else 1024), s.temperature, s.top_p, s.max_rows)
     names = [os.path.basename(os.path.normpath(path)) for path in (s.vs, s.model)]
     theirs = None
     for path in (s.vs, s.model):
         net, chat = load(path, device, dtype)
-        if s.judge == "oracle":
-            check_speaks_world(path, chat)
+        if on_world:
+            check_speaks_world(path, net, chat, s.judge)
         ids = chat.encode_all(prompts, 0, sampling.max_new_tokens)
         if theirs is None:
             theirs = opponent(net, chat, ids, sampling, s.seed)
@@ -534,11 +553,20 @@ def winrate(argv):
           f"{s.model} against {s.vs}, {len(prompts)} prompts, judge {judge.name}\n{table(rows)}")
 
 
-def check_speaks_world(path, chat):
-    """Raises UserError for a checkpoint that cannot read the embedded world's queries."""
+def check_speaks_world(path, net, chat, judge):
+    """Raises UserError for a checkpoint that cannot read the embedded world's queries, or whose answers have a style
+    where the judge knows none, or none where the judge needs one."""
     if chat.tokenizer.get_vocab() != world.make_tokenizer().get_vocab():
         raise run.UserError(f"--model (or --vs) {path} does not speak the embedded world's language; "
                             "give --prompts FILE and --judge pairrm:DIR_OR_HUB_ID")
+    answers = world.answers(net, chat.tokenizer, world.queries("validation", 32), temperature=0)
+    styled = sum(world.style(a) is not None for a in answers)
+    if judge == "oracle" and styled > 16:
+        raise run.UserError(f"--model (or --vs) {path} answers in styles, as in the intransitive world; "
+                            "give --judge styles (for sppo.py --world intransitive), or another checkpoint")
+    if judge == "styles" and not styled:
+        raise run.UserError(f"--model (or --vs) {path} answers in no style; give --judge oracle (for sppo.py leave out "
+                            "--world intransitive), or a checkpoint of the intransitive world")
 
 
 def check_sampling(temperature, top_p):

@@ -163,8 +163,8 @@ class StylesJudge:
         table = torch.full((4, 4), 0.5)                         # the fourth: no style
         table[:3, :3] = torch.tensor(world.STYLES)
         table[:3, 3], table[3, :3] = 1.0, 0.0
-        styles = torch.tensor([[3 if world.style(a) is None else world.style(a) for a in row] for row in responses])
-        styles = styles.reshape(B, K)
+        styles = torch.tensor([[3 if world.style(a) is None else world.style(a) for a in row] for row in responses],
+                              dtype=torch.long).reshape(B, K)
         return table[styles[:, :, None], styles[:, None, :]]
 
 
@@ -191,9 +191,9 @@ def answer_texts(row):
 def verdict_columns(row, P):
     """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
 
-    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents: with the aggregate
-    estimator exactly PairRM's score s_i. Best and worst are by Phat, the first of equals; where all K tie both are the
-    first answer.
+    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents (each between -13.8 and
+    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i. Best
+    and worst are by Phat, the first of equals; where all K tie both are the first answer.
     """
     wins = phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
     best, worst = int(wins.argmax()), int(wins.argmin())
@@ -225,25 +225,29 @@ def read_table(path, judged=False, all_responses=False):
                         "give the .jsonl that --stage sample or judge wrote") from None
     for i, line in enumerate(lines):
         try:
-            rows.append(_table_row(json.loads(line), judged, all_responses))
+            if line.strip():
+                rows.append(_table_row(json.loads(line), judged, all_responses))
+                if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
+                    raise ValueError("every row needs as many answers as the first")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
     if not rows:
         raise UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
-    if len({len(answer_texts(row)) for row in rows}) > 1:
-        raise UserError(f"--table {path} has rows with different numbers of answers; every prompt needs the same K")
     return rows
 
 
 def _table_row(row, judged, all_responses):
-    """The row, checked: conversations as lists of messages, `prompt` and the verdicts filled in where they follow."""
+    """The row, checked: conversations as lists of two messages, `prompt` and the verdicts filled in where they follow
+    from the rest."""
     K = sum(name.startswith("generate_") for name in row)
     if "prompt" not in row:
         row["prompt"] = row["generate_0" if K else "chosen"][0]["content"]
     for name in [f"generate_{k}" for k in range(K)] + [n for n in ("chosen", "rejected") if n in row]:
         if isinstance(row[name], str):
             row[name] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
-        if not isinstance(row[name][-1]["content"], str):
+        user, assistant = row[name]                         # one turn each: what else would the answer be an answer to?
+        if ((user["role"], assistant["role"]) != ("user", "assistant") or user["content"] != row["prompt"]
+                or not isinstance(row["prompt"], str) or not isinstance(assistant["content"], str)):
             raise TypeError
     if not judged:
         row["generate_0"]
@@ -253,10 +257,10 @@ def _table_row(row, judged, all_responses):
         P = torch.tensor(row["probability"], dtype=torch.float32)
         if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
             raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
-        row = verdict_columns(row, P) | row
+        row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
     for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
         row["chosen"], row["rejected"]
-        if not 0 <= row[name] <= 1:
+        if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
             raise ValueError(f"{name} {row[name]} is not in [0, 1]")
     return row
 
@@ -269,7 +273,8 @@ def _reason(error, judged):
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON ({error.msg}); mend or remove the line"
     return f"{error}; make the table again" if type(error) is ValueError else (
-        "generate_k, chosen and rejected must be texts or lists of {role, content}; make the table again")
+        "prompt must be a text, and generate_k, chosen and rejected one user turn with that prompt and one assistant "
+        "turn, as a list of {role, content} (or the answer's text alone); make the table again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -258,10 +258,17 @@ def environment(device, ranks=1):
 # the run directory
 
 
-def comparable(settings):
-    """What config.json holds and --resume compares: every setting but those that say how and where to start."""
-    return {k: v for k, v in dataclasses.asdict(settings).items()
-            if k not in ("resume", "overwrite", "stage", "iteration", "table")}
+# Settings of one command rather than of the run: config.json leaves them out.
+MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table")
+# What may differ between the sessions or the machines of one run: nothing of it changes what is computed, but for the
+# order in which floating-point sums are taken.
+PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",
+           "print_every", "save_every")
+
+
+def lasting(settings):
+    """What config.json holds of a settings dataclass."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in MOMENTARY}
 
 
 def check_out(out, settings, resume, overwrite):
@@ -278,8 +285,8 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
                         "it, or another --out")
     if resume and os.path.exists(config):
-        before, now = read_json(config), comparable(settings)
-        for name in sorted(set(before) | set(now)):
+        before, now = read_json(config), lasting(settings)
+        for name in sorted((set(before) | set(now)) - set(PASSING)):
             if before.get(name) != now.get(name):
                 raise UserError(f"--resume: {out} was run with {name} = {before.get(name)}, now it is {now.get(name)}; "
                                 f"give the same --{name.replace('_', '-')} or another --out")
@@ -318,15 +325,15 @@ class Run:
         elif a_run:
             shutil.rmtree(self.out)
         os.makedirs(self.path("state"), exist_ok=True)
-        write_json(self.path("config.json"), comparable(settings))
+        write_json(self.path("config.json"), lasting(settings))
 
     def _load_state(self):
         path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
         state = self._load(path)
-        if state.get("shard"):
-            name, ranks = state["shard"]
+        if "shard" in state:
+            name, ranks = state.pop("shard")
             if ranks != (dist.get_world_size() if dist.is_initialized() else 1):
                 raise UserError(f"--resume: {self.out} was saved in the middle of training by {ranks} processes; "
                                 "start as many")

@@ -69,20 +69,21 @@ from run import flag
 # the answer).
 OPERATIONS = dict(iterations=3, prompts_per_iteration=4096, all_responses=False, keep="best", optimizer="adamw",
                   max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
-                  validation_prompts=512, test_prompts=2000, print_every=64)
+                  validation_prompts=512, test_prompts=2000, print_every=64, save_every=0)
 INTRANSITIVE = OPERATIONS | dict(iterations=40, prompts_per_iteration=256, keep="last", test_prompts=1000,
                                  print_every=24)
 PAPER = dict(iterations=3, prompts_per_iteration=20000, all_responses=False, keep="best", optimizer="rmsprop",
              max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128,
-             validation_prompts=256, test_prompts=256, print_every=1)
+             validation_prompts=256, test_prompts=256, print_every=1, save_every=100)
+OWN_JUDGE = {"operations": "oracle", "intransitive": "styles"}
 DEFAULTS = {"operations": OPERATIONS, "intransitive": INTRANSITIVE, "paper": PAPER}
 # The paper and its code publish no beta for their DPO and IPO: 0.1 is what DPO's and IPO's users start from.
 STEP = {
-    "operations": {"sppo": dict(eta=20.0, lr=5e-4, epochs=6), "sppo-hard": dict(eta=8.0, lr=5e-4, epochs=6),
-                   "dpo": dict(beta=0.3, lr=2e-4, epochs=3), "ipo": dict(beta=0.1, lr=5e-4, epochs=6)},
+    "operations": {"sppo": dict(eta=10.0, lr=5e-4, epochs=6), "sppo-hard": dict(eta=8.0, lr=2.5e-4, epochs=6),
+                   "dpo": dict(beta=1.0, lr=5e-4, epochs=3), "ipo": dict(beta=0.2, lr=2.5e-4, epochs=6)},
     "intransitive": {"sppo": dict(eta=2.0, lr=5e-4, epochs=6, all_responses=True),
                      "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=6),
-                     "dpo": dict(beta=0.3, lr=2e-4, epochs=3), "ipo": dict(beta=0.5, lr=5e-4, epochs=6)},
+                     "dpo": dict(beta=1.0, lr=2e-4, epochs=3), "ipo": dict(beta=0.5, lr=5e-4, epochs=6)},
     "paper": {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)},
 }
@@ -107,9 +108,9 @@ class Settings:
     """Flags of `python sppo.py`."""
     preset: str = flag("", "the official code's settings for a model, as PRESETS spells them out; other flags override",
                        tuple(PRESETS))
-    world: str = flag("operations",
-        "the embedded world, where no prompts are given: operations, or intransitive (three styles, each beaten by "
-        "another)", ("operations", "intransitive"))
+    world: str = flag("",
+        "the embedded world that is played where no prompts are given: operations, or intransitive (three styles, each "
+        "beaten by another) [operations, unless --prompts, --preset or --table]", ("operations", "intransitive"))
     model: str = flag("",
         "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3, gemma2); without it the embedded "
         "world's base")
@@ -133,7 +134,7 @@ class Settings:
         "[intransitive yes, else no]")
     eta: float | None = flag(None,
         "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2) [by world and loss; sppo: "
-        "operations 20, intransitive 2, else 1e3]")
+        "operations 10, intransitive 2, else 1e3]")
     beta: float | None = flag(None, "beta of DPO, and of IPO, whose margin is 1/(2 beta) [by world and loss, else 0.1]")
     lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7) [by world and loss, else 5e-7]")
     optimizer: str | None = flag(None,
@@ -166,13 +167,14 @@ class Settings:
     max_rows: int | None = flag(None,
         "answers in flight while sampling; bounds the KV cache [embedded worlds 512, else 128]")
     validation_prompts: int | None = flag(None,
-        "held-out prompts that choose the checkpoint [embedded worlds 512, else 256]")
+        "held-out prompts that choose the checkpoint, with --keep best [embedded worlds 512, else 256]")
     test_prompts: int | None = flag(None,
         "held-out prompts of the final table; nothing is chosen on them [embedded worlds 2000, else 256]")
     print_every: int | None = flag(None,
         "optimizer steps between printed lines; metrics.jsonl has every step [operations 64, intransitive 16, else 1]")
-    save_every: int = flag(0,
-        "optimizer steps between saved states, besides those at every epoch's end; 0 = only those")
+    save_every: int | None = flag(None,
+        "optimizer steps between saved states, besides those at every epoch's end; 0 = only those "
+        "[embedded worlds 0, else 100]")
     stage: str = flag("", "do one part of one iteration and stop: sample, judge or train, each on any machine",
                       ("sample", "judge", "train"))
     iteration: int = flag(1, "t, the iteration that --stage works on")
@@ -190,28 +192,34 @@ class Settings:
 
 
 def on_world(s):
-    """Is the embedded world played, rather than prompts from a file or the hub?"""
-    return not (s.prompts or s.table)
+    """Is the embedded world played, rather than prompts or a table from elsewhere? (Of completed Settings.)"""
+    return bool(s.world)
 
 
-def uses_judge(s):
-    """Does this command judge anything?"""
-    return s.stage in ("", "judge") or (s.stage == "train" and s.keep == "best")
+def chooses(s):
+    """Is a checkpoint chosen by judging validation answers? (A whole run with one epoch reports that figure too.)"""
+    return s.keep == "best" and (s.epochs > 1 or not s.stage)
 
 
-def uses_model(s):
-    """Does this command run the language model?"""
-    return s.stage != "judge"
+NEEDS = {"": {"prompts", "model", "judge"}, "sample": {"prompts", "model"}, "judge": {"judge"}, "train": {"model"}}
 
 
-def uses_prompts(s):
-    """Does this command need the prompts, rather than a table of answers to them?"""
-    return s.stage in ("", "sample") or (s.stage == "train" and s.keep == "best")
+def needs(s):
+    """What this command works with, a set of "prompts", "model" and "judge": each stage as little as it can."""
+    return NEEDS[s.stage] | ({"prompts", "judge"} if s.stage == "train" and chooses(s) else set())
 
 
 def settle(s):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
-    setting = s.world if on_world(s) else "paper"
+    if s.world and (s.prompts or s.preset):
+        raise run.UserError("--world is played without --prompts and --preset; leave one of them out")
+    if not s.world and not s.prompts and not s.table:
+        s = dataclasses.replace(s, world="operations")
+    setting = s.world or "paper"
+    if s.loss not in STEP[setting]:
+        raise run.UserError(f"--loss {s.loss} has no defaults for {setting!r} in sppo.STEP; add them there")
+    if s.preset and s.loss not in ("sppo", "sppo-hard") and s.eta == PRESETS[s.preset]["eta"]:
+        s = dataclasses.replace(s, eta=None)            # a preset may be combined with any loss
     defaults = DEFAULTS[setting] | STEP[setting][s.loss]
     if s.gradient_accumulation > 0 and s.micro_batch is not None:
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
@@ -220,9 +228,7 @@ def settle(s):
         defaults["micro_batch"] = math.ceil(s.batch_size / passes)
     s = dataclasses.replace(s, **{k: v for k, v in defaults.items() if getattr(s, k) is None})
     if not s.judge and on_world(s):
-        s = dataclasses.replace(s, judge="styles" if s.world == "intransitive" else "oracle")
-    if s.stage == "train" and s.epochs == 1:    # one candidate: nothing to choose, so no judge is needed
-        s = dataclasses.replace(s, keep="last")
+        s = dataclasses.replace(s, judge=OWN_JUDGE[s.world])
     _check_numbers(s)
     _check_what_fits_together(s)
     return s
@@ -258,36 +264,35 @@ def _check_numbers(s):
 
 
 def _check_what_fits_together(s):
-    size, other = ("eta", "beta") if "eta" in STEP["operations"][s.loss] else ("beta", "eta")
-    # a preset may be combined with any --loss, so its eta does not count as given
-    if getattr(s, other) is not None and not (s.preset and other == "eta"):
+    size, other = ("eta", "beta") if "eta" in STEP[s.world or "paper"][s.loss] else ("beta", "eta")
+    if getattr(s, other) is not None:
         raise run.UserError(f"--{other} does nothing with --loss {s.loss}, whose step size is --{size}; leave it out")
     if s.all_responses and s.loss != "sppo":
         raise run.UserError(f"--all-responses is for --loss sppo; --loss {s.loss} is defined on a winner and a loser")
-    if s.preset and s.world != "operations":
-        raise run.UserError("--preset brings its own prompts; leave out --world")
-    if not s.preset and s.world != "operations" and not on_world(s):
-        raise run.UserError("--world is played where no --prompts and no --table are given; leave one of them out")
     if s.table and s.stage not in ("judge", "train"):
         raise run.UserError("--table is for --stage judge or --stage train; without it a run samples its own answers")
+    if s.stage and s.overwrite:
+        raise run.UserError("--overwrite would delete what the other stages left in --out; remove the one file that is "
+                            "to be made again, or give another --out")
     if s.iteration != 1 and not s.stage:
         raise run.UserError("--iteration says what --stage works on; without --stage all iterations run")
     if s.iteration > s.iterations:
         raise run.UserError(f"--iteration {s.iteration} is beyond --iterations {s.iterations}; lower the one or raise "
                             "the other")
-    own = {"operations": "oracle", "intransitive": "styles"}
-    if uses_judge(s) and not on_world(s) and s.judge in ("", *own.values()):
+    if "judge" in needs(s) and not on_world(s) and s.judge in ("", *OWN_JUDGE.values()):
         raise run.UserError("natural language needs a judge that can read it: give --judge pairrm:DIR_OR_HUB_ID "
-                            "(oracle and styles know only the embedded worlds)")
-    if on_world(s) and s.judge in own.values() and s.judge != own[s.world]:
-        raise run.UserError(f"--judge {s.judge} does not know --world {s.world}; give {own[s.world]} or leave it out")
-    if s.judge in own.values() and s.estimator != "pairwise":
+                            "(oracle and styles know only the embedded worlds; for a table of theirs give --world)"
+                            + ("; or --keep last, which judges nothing" if s.stage == "train" else ""))
+    if on_world(s) and s.judge in OWN_JUDGE.values() and s.judge != OWN_JUDGE[s.world]:
+        raise run.UserError(f"--judge {s.judge} does not know --world {s.world}; give {OWN_JUDGE[s.world]} or leave it "
+                            "out")
+    if s.judge in OWN_JUDGE.values() and s.estimator != "pairwise":
         raise run.UserError(f"--estimator aggregate is for judges with logits; {s.judge} has none, leave the flag out")
-    if uses_prompts(s) and s.table and not s.prompts:
+    if "prompts" in needs(s) and not on_world(s) and not s.prompts:
         raise run.UserError("--keep best chooses on held-out prompts: give --prompts, or --keep last")
-    if uses_model(s) and not on_world(s) and not s.model:
+    if "model" in needs(s) and not on_world(s) and not s.model:
         raise run.UserError("--prompts and --table need --model: the embedded world's base does not read natural "
-                            "language")
+                            "language (for a table of that world give --world)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,11 +303,11 @@ def read_sources(s):
     """The prompts of each source that --prompts names: a list of disjoint lists, one in all or one for each iteration.
     Raises UserError where a source cannot be read or their number fits no --iterations."""
     names = [s.prompts] if os.path.exists(s.prompts) else s.prompts.split(",")
-    if len(names) not in (1, s.iterations):
+    if 1 < len(names) < s.iterations:
         raise run.UserError(f"--prompts names {len(names)} sources for {s.iterations} iterations; "
                             "give one, or one for each")
     sources, seen = [], set()
-    for name in names:
+    for name in names[:s.iterations]:
         sources.append([p for p in eval.read_prompts(name) if p not in seen])
         seen |= set(sources[-1])
     return sources
@@ -333,38 +338,57 @@ def split_prompts(s, sources=None):
         away = set(validation + test)
         parts = [run.shuffled([p for p in source if p not in away], s.seed, "training prompts", t)[:n or None]
                  for t, source in enumerate(sources)]
-    if len(prompts) < held or not all(len(part) >= max(n, 1) for part in parts):
-        raise run.UserError(f"--prompts {s.prompts} has {len(prompts)} distinct prompts; {T} iterations of "
+    short = min(parts, key=len)
+    if len(prompts) < held or len(short) < max(n, 1):
+        where = "" if len(sources) == 1 else f" (iteration {parts.index(short) + 1}'s own source leaves {len(short)})"
+        raise run.UserError(f"--prompts {s.prompts} has {len(prompts)} distinct prompts{where}; {T} iterations of "
                             f"--prompts-per-iteration {n}, --validation-prompts {s.validation_prompts} and "
-                            f"--test-prompts {s.test_prompts} need {held + T * max(n, 1)}"
-                            + (", each source its share" if len(sources) > 1 else "") + ": lower one")
+                            f"--test-prompts {s.test_prompts} need {held + T * max(n, 1)}: lower one")
     return validation, test, parts
 
 
-def without_long_prompts(sources, chat, s, rank):
-    """The sources without the prompts that --max-prompt-tokens or the context has no room for, counted aloud."""
-    room = chat.room(s.max_prompt_tokens, s.max_new_tokens)
-    kept = [[p for p in source if len(chat.encode(p)) <= room] for source in sources]
-    before, after = sum(map(len, sources)), sum(map(len, kept))
-    if after < before and rank == 0:
-        print(f"left out {before - after} of {before} prompts: longer than {room} tokens", flush=True)
+def encode(chat, prompts, s):
+    """Ids of prompts to be answered; raises UserError for one that is too long (see Chat.encode_all)."""
+    return chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens, s.max_total_tokens)
+
+
+def without_long_prompts(prompts, chat, s, rank):
+    """The prompts that there is room for; how many were left out is said aloud."""
+    room = chat.room(s.max_prompt_tokens, 1 if s.table else s.max_new_tokens, s.max_total_tokens)
+    kept = [p for p in prompts if len(chat.encode(p)) <= room]
+    if len(kept) < len(prompts) and rank == 0:
+        print(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", flush=True)
     return kept
 
 
 def check_stage(s):
     """Raises UserError where --stage finds nothing to work on, or its result already there."""
-    there = os.path.join(s.out, f"table-{s.iteration}.jsonl")
-    before = os.path.join(s.out, f"iter-{s.iteration - 1}")
-    if s.stage == "sample" and os.path.exists(there) and not s.overwrite:
-        raise run.UserError(f"--stage sample: {there} is already there; remove it to sample again")
+    table, before = os.path.join(s.out, f"table-{s.iteration}.jsonl"), os.path.join(s.out, f"iter-{s.iteration - 1}")
+    if s.stage == "sample" and os.path.exists(table):
+        raise run.UserError(f"--stage sample: {table} is already there; remove it to sample again")
+    if s.stage in ("judge", "train") and not s.table and not os.path.exists(table):
+        raise run.UserError(f"--stage {s.stage}: {table} is not there; run --stage sample first, or give --table FILE")
     if s.stage in ("judge", "train"):
-        if not s.table and not os.path.exists(there):
-            raise run.UserError(f"--stage {s.stage}: {there} is not there; run --stage sample first, or give --table "
-                                "FILE")
-        prefmodel.read_table(s.table or there, s.stage == "train", s.all_responses)
-    if uses_model(s) and s.iteration > 1 and not os.path.exists(before):
+        prefmodel.read_table(s.table or table, s.stage == "train", s.all_responses)
+    if s.stage in ("sample", "train") and s.iteration > 1 and not os.path.exists(before):
         raise run.UserError(f"--iteration {s.iteration} starts from {before}, which is not there; run --stage train of "
                             "the iteration before it")
+
+
+def starting_state(r, s):
+    """Where the run goes on: what --resume found, or the beginning."""
+    fresh = {"iteration": s.iteration, "judged": None, "step": 0, "best": None, "evaluations": [],
+             "staged": bool(s.stage)}
+    state = r.state or fresh
+    if state["staged"] != fresh["staged"]:
+        raise run.UserError(f"--out {r.out} holds a run {'without' if s.stage else 'made with'} --stage, and the two "
+                            "do not mix; give another --out")
+    if s.stage and state["iteration"] != s.iteration:
+        state = fresh
+    made = r.path(f"iter-{s.iteration}")
+    if s.stage == "train" and state["step"] == 0 and os.path.exists(made):
+        raise run.UserError(f"--stage train: {made} is already there, complete; remove it to train again")
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,10 +400,8 @@ def sample(net, chat, prompts, s, t, shard, r):
     """Phase `sample` of iteration t: K answers of pi_t to every prompt. Returns the table's rows, on every rank."""
     rank, ranks = shard
     mine = prompts[rank::ranks]
-    ids = chat.encode_all(mine, s.max_prompt_tokens, s.max_new_tokens)
-    limits = s.max_new_tokens
-    if s.max_total_tokens:
-        limits = [[max(1, min(s.max_new_tokens, s.max_total_tokens - len(p)))] * s.k for p in ids]
+    ids = encode(chat, mine, s)
+    limits = [[sampling_of(s).limit(prompt)] * s.k for prompt in ids]
     with r.phase("sample"):
         seeds = [run.stream(s.seed, "sample", t) + i for i in range(rank, len(prompts), ranks)]
         samples = rollout.generate(net, ids, s.k, limits, s.temperature, s.top_p, chat.stop_ids, seeds,
@@ -391,7 +413,7 @@ def sample(net, chat, prompts, s, t, shard, r):
                        for k, y in enumerate(tokens)}
             rows.append({"prompt": prompt, **answers, "prompt_ids": prompt_ids, "tokens": tokens, "finish": finish})
     r.say(f"iteration {t}: sampled {samples.count} tokens in {samples.seconds:.1f} s "
-          f"({samples.count / samples.seconds:.0f} a second{' and rank' * (ranks > 1)})")
+          f"({samples.count / max(samples.seconds, 1e-9):.0f} a second{' and rank' * (ranks > 1)})")
     return run.gather(rows, len(prompts))
 
 
@@ -419,38 +441,40 @@ def verdict_row(row):
     return {"prompt": row["prompt"], "responses": texts, "phat": [round(p, 4) for p in phat]}
 
 
-def training_examples(rows, chat, s):
+def training_examples(rows, chat, s, rank=0):
     """What the loss needs of a judged table: a list of {prompt: ids, responses: n lists of ids, p: their n Phats}, best
     first, worst last; n = K with --all-responses, else 2. Also the phase's statistics, a dict for metrics.jsonl.
 
-    A row from elsewhere has no ids: its text goes through the chat template, and an answer beyond the length limit is
-    cut, without an end token, and counted. Raises UserError for a prompt that is too long.
+    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
     """
-    limit, examples, cut, answers = s.max_new_tokens, [], 0, 0
+    if s.drop_long_prompts:
+        fit = set(without_long_prompts([row["prompt"] for row in rows], chat, s, rank))
+        rows = [row for row in rows if row["prompt"] in fit]
+    examples, cut = [], []
     for row in rows:
-        wins = prefmodel.phat(torch.tensor(row["probability"])) if "probability" in row else None
-        if s.all_responses:
-            order = wins.argsort(descending=True, stable=True).tolist()
-            chosen, p = [row[f"generate_{k}"] for k in order], wins[order].tolist()
+        if "probability" in row:
+            wins = prefmodel.phat(torch.tensor(row["probability"]))
+            order = (wins.argsort(descending=True, stable=True).tolist() if s.all_responses
+                     else [int(wins.argmax()), int(wins.argmin())])
+            talks, p = [row[f"generate_{k}"] for k in order], wins[order].tolist()
         else:
-            order = None if wins is None else [int(wins.argmax()), int(wins.argmin())]
-            chosen, p = [row["chosen"], row["rejected"]], [row["chosen_probs_win"], row["chosen_probs_lose"]]
-        if "tokens" in row and order is not None:
-            ids, responses = row["prompt_ids"], [row["tokens"][k] for k in order]
-            cut += sum(f == "length" for f in row["finish"])
-            answers += len(row["finish"])
-        else:
-            ids, = chat.encode_all([row["prompt"]], s.max_prompt_tokens, s.max_new_tokens)
-            room = min(limit, s.max_total_tokens - len(ids)) if s.max_total_tokens else limit
-            responses = [chat.encode_answer(row["prompt"], talk[-1]["content"]) for talk in chosen]
-            cut += sum(len(y) > room for y in responses)
-            answers += len(responses)
-            responses = [y[:max(1, room)] for y in responses]
-        examples.append({"prompt": ids, "responses": responses, "p": p})
+            talks, p = [row["chosen"], row["rejected"]], [row["chosen_probs_win"], row["chosen_probs_lose"]]
+        if "tokens" in row and "probability" in row:        # sampled here: the very ids
+            prompt, responses = row["prompt_ids"], [row["tokens"][k] for k in order]
+            cut += [end == "length" for end in row["finish"]]
+        else:                                               # text from elsewhere, through the chat template
+            prompt, = chat.encode_all([row["prompt"]], s.max_prompt_tokens, 1, s.max_total_tokens)
+            limit = min(sampling_of(s).limit(prompt), chat.context - len(prompt))
+            responses = [chat.encode_answer(row["prompt"], talk[-1]["content"]) for talk in talks]
+            cut += [len(y) > limit for y in responses]
+            responses = [y[:limit] for y in responses]      # and then without an end token
+        examples.append({"prompt": prompt, "responses": responses, "p": p})
+    if not examples:
+        raise run.UserError("no row of the table is left to train on; raise --max-prompt-tokens")
     statistics = {"phat_best": sum(e["p"][0] for e in examples) / len(examples),
                   "phat_worst": sum(e["p"][-1] for e in examples) / len(examples),
                   "tied_share": sum(e["p"][0] == e["p"][-1] for e in examples) / len(examples),
-                  "cut_share": cut / answers}
+                  "cut_share": sum(cut) / len(cut)}
     return examples, statistics
 
 
@@ -462,25 +486,23 @@ def sequence_logprobs(net, examples):
     return kernels.sum_rows(logprob, row, rows).view(len(examples), -1)
 
 
-def reference_path(r, t):
-    """The file that keeps iteration t's reference log-probabilities."""
-    return r.path("state", f"reference-{t}.json")
-
-
-def reference_logprobs(net, examples, s, t, shard, r):
-    """Adds log pi_t(y|x) of every response as `ref`, by the same lines as in training; kept in state/ for --resume."""
-    path, (rank, ranks) = reference_path(r, t), shard
-    if not os.path.exists(path):
+def reference_logprobs(net, examples, s, t, shard, r, resumed=False):
+    """Adds log pi_t(y|x) of every response as `ref`, by the same lines as in training; kept in state/ for --resume,
+    with a digest of what it belongs to. Raises UserError where a resumed iteration began with other answers."""
+    path, (rank, ranks) = r.path("state", f"reference-{t}.json"), shard
+    digest = run.stream([e["responses"] for e in examples])
+    known = run.read_json(path) if os.path.exists(path) else {}
+    if known.get("digest") != digest:
+        if resumed:
+            raise run.UserError(f"--resume: iteration {t} was begun on another table; give that one, or another --out")
         refs, mine = [], examples[rank::ranks]
         with r.phase("reference"), torch.no_grad():
             for start in range(0, len(mine), s.micro_batch):
                 refs += sequence_logprobs(net, mine[start:start + s.micro_batch]).tolist()
-        refs = run.gather(refs, len(examples))
+        known = {"digest": digest, "reference": run.gather(refs, len(examples))}
         if rank == 0:
-            run.write_json(path, {"reference": refs}, indent=None)
-    else:
-        refs = run.read_json(path)["reference"]
-    for example, ref in zip(examples, refs):
+            run.write_json(path, known, indent=None)
+    for example, ref in zip(examples, known["reference"], strict=True):
         example["ref"] = ref
 
 
@@ -508,7 +530,8 @@ def gradient_step(net, optimizer, examples, s, lr, shard):
     weight = ranks / len(examples)           # the optimizer averages over ranks: this gives the mean over the batch
     if not mine:                             # a last batch smaller than the number of ranks: take part, with no weight
         mine, weight = examples[:1], 0.0
-    sums = torch.zeros(6, dtype=torch.float64)
+    names = ("loss", "logratio_w", "logratio_l", "logp_w", "logp_l", "ranked_share")
+    sums = torch.zeros(len(names), dtype=torch.float64)
     for start in range(0, len(mine), s.micro_batch):
         chunk = mine[start:start + s.micro_batch]
         logp = sequence_logprobs(net, chunk)                                                    # [b, n] log pi(y|x)
@@ -518,14 +541,13 @@ def gradient_step(net, optimizer, examples, s, lr, shard):
         loss.backward()
         optimizer.collect()
         with torch.no_grad():
-            sums += torch.stack([loss / ranks, *(x.sum() * weight / ranks for x in (
-                logratio[:, 0], logratio[:, -1], logp[:, 0], logp[:, -1],
-                (logratio[:, 0] > logratio[:, -1]).float()))]).cpu().double()
+            ranked = (logratio[:, 0] > logratio[:, -1]).float()
+            per_prompt = torch.stack([logratio[:, 0], logratio[:, -1], logp[:, 0], logp[:, -1], ranked])    # [5, b]
+            sums += torch.cat([loss[None], per_prompt.sum(1) * weight]).cpu().double() / ranks
     if ranks > 1:
         device_sums = sums.to(net.device) if net.device.type == "cuda" else sums
         dist.all_reduce(device_sums)
         sums = device_sums.cpu()
-    names = ("loss", "logratio_w", "logratio_l", "logp_w", "logp_l", "ranked_share")
     metrics = dict(zip(names, sums.tolist()))
     norm = optimizer.step(lr, s.clip) if math.isfinite(metrics["loss"]) else math.nan
     return {**metrics, "grad_norm": norm, "lr": lr}
@@ -542,18 +564,18 @@ def epoch_means(r, t, epoch):
     return {name: sum(row[name] for row in rows) / len(rows) for name in ("logratio_w", "logratio_l")}
 
 
-def validation_win_rate(net, chat, judge, validation, base_side, s, shard):
+def validation_win_rate(net, chat, judge, validation, opponent, s, shard):
     """(win rate, standard error) of samples against the base's on the validation prompts:
     what chooses the checkpoint."""
-    ids = chat.encode_all(validation, s.max_prompt_tokens, s.max_new_tokens)
+    ids = encode(chat, validation, s)
     ours, _ = eval.answer(net, chat, ids, 1, sampling_of(s), run.stream(s.seed, "validation"),
                           desc="validation", shard=shard)
-    return eval.mean_and_error(eval.verdicts(judge, validation, ours, base_side.sampled))
+    return eval.mean_and_error(eval.verdicts(judge, validation, ours, opponent.sampled))
 
 
 def sampling_of(s):
     """Evaluation samples at temperature 1, whatever temperature trains."""
-    return eval.Sampling(s.max_new_tokens, max_rows=s.max_rows)
+    return eval.Sampling(s.max_new_tokens, max_rows=s.max_rows, max_total_tokens=s.max_total_tokens)
 
 
 def base_side(r, net, chat, s, sets, shard):
@@ -563,7 +585,7 @@ def base_side(r, net, chat, s, sets, shard):
     drawn = dict(known)
     for name, prompts in sets.items():
         if name not in drawn:
-            ids = chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
+            ids = encode(chat, prompts, s)
             drawn[name] = dataclasses.asdict(
                 eval.opponent(net, chat, ids, sampling_of(s), run.stream(s.seed, name), shard))
     if r.rank == 0 and drawn != known:
@@ -588,21 +610,27 @@ def main(argv):
     if rank == 0:
         run.check_out(s.out, s, resume, s.overwrite)
         check_stage(s)
-    sources = read_sources(s) if uses_prompts(s) and not on_world(s) else None
-    judge = prefmodel.load(s.judge, s.estimator, device, dtype) if uses_judge(s) else None
+    sources = read_sources(s) if "prompts" in needs(s) and not on_world(s) else None
+    judge = prefmodel.load(s.judge, s.estimator, device, dtype) if "judge" in needs(s) else None
     base_path = net = chat = None
-    if uses_model(s):
+    if "model" in needs(s):
         base_path = s.model or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[s.world], device))
         net, chat = eval.load(base_path, device, dtype)
         if on_world(s):
-            eval.check_speaks_world(base_path, chat)
+            eval.check_speaks_world(base_path, net, chat, s.judge)
     validation, test, parts = [], [], []
-    if uses_prompts(s):
+    if "prompts" in needs(s):
         if sources and s.drop_long_prompts:
-            sources = without_long_prompts(sources, chat, s, rank)
+            sources = [without_long_prompts(source, chat, s, rank) for source in sources]
         validation, test, parts = split_prompts(s, sources)
         for prompts in (validation, test, *parts):      # refuse an over-long prompt now, not after an hour
-            chat.encode_all(prompts, s.max_prompt_tokens, s.max_new_tokens)
+            encode(chat, prompts, s)
+    if s.stage == "train":                              # a table from elsewhere may hold anything
+        rows = prefmodel.read_table(s.table or os.path.join(s.out, f"table-{s.iteration}.jsonl"), True, s.all_responses)
+        if not {row["prompt"] for row in rows}.isdisjoint(validation):
+            raise run.UserError(f"--table {s.table} holds prompts that --prompts or --world sets aside for validation; "
+                                "leave them out, or give --keep last")
+        training_examples(rows, chat, s, rank=-1)
     r = run.Run(s.out, s, resume, s.overwrite, rank)
     r.say(f"{s.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): "
           + (f"stage {s.stage} of iteration {s.iteration}; " if s.stage else
@@ -612,18 +640,15 @@ def main(argv):
     for name, prompts in (("validation", validation), ("test", test)):      # so that others can evaluate on the same
         if rank == 0 and prompts:
             prefmodel.write_table(r.path("state", f"{name}.jsonl"), [{"prompt": p} for p in prompts])
-    state = r.state or {"iteration": s.iteration, "step": 0, "best": None, "evaluations": []}
-    if s.stage and state["iteration"] != s.iteration:
-        state |= {"iteration": s.iteration, "judged": None, "step": 0, "best": None}
-    if s.stage == "train" and state["step"] == 0 and os.path.exists(r.path(f"iter-{s.iteration}")):
-        raise run.UserError(f"--stage train: {r.path(f'iter-{s.iteration}')} is already there; remove it to train "
-                            "again")
+    state = starting_state(r, s)
     evaluations, sampling = state["evaluations"], sampling_of(s)
     with r.phase("evaluate"):
-        sets = ({"validation": validation} if s.keep == "best" else {}) | ({} if s.stage else {"test": test})
-        base = base_side(r, net, chat, s, sets if uses_judge(s) and uses_model(s) else {}, shard)
+        held_out = {"validation": validation} if "prompts" in needs(s) and chooses(s) else {}
         if not s.stage:
-            test_ids = chat.encode_all(test, s.max_prompt_tokens, s.max_new_tokens)
+            held_out["test"] = test
+        base = base_side(r, net, chat, s, held_out, shard)
+        if not s.stage:
+            test_ids = encode(chat, test, s)
             if not evaluations:
                 evaluations.append(
                     eval.against(net, chat, test, test_ids, base["test"], judge, sampling, s.seed, "base", shard))
@@ -634,7 +659,7 @@ def main(argv):
         # pi_t of (4.1): where this iteration starts, and its reference
         pi_t = r.path(f"iter-{t - 1}") if t > 1 else base_path
         net = optimizer = None                          # let go of the last iteration's memory first
-        if uses_model(s):
+        if "model" in needs(s):
             net = model.Transformer.from_pretrained(pi_t, device, dtype)
             net.activation_checkpointing = s.activation_checkpointing
 
@@ -646,29 +671,29 @@ def main(argv):
             rows = sample(net, chat, parts[t - 1], s, t, shard, r)
             if rank == 0:
                 prefmodel.write_table(table_path, rows)
-            r.save_state(iteration=t, step=0, best=None, evaluations=evaluations)
+            r.save_state(**state | {"iteration": t, "judged": None})
         if s.stage == "sample":
             r.say(f"wrote {table_path}; next: the same flags with --stage judge")
             return
-        if "chosen_probs_win" not in rows[0] or s.stage == "judge":
+        if s.stage == "judge" or "chosen_probs_win" not in rows[0]:
             rows = judge_answers(rows, judge, shard, r)
-        if state.get("judged") != t:
+        if s.stage == "judge" or state["judged"] != t:
             if rank == 0:
                 prefmodel.write_table(table_path, rows)
-                run.remove(reference_path(r, t))            # of another table, if there is one
             for row in rows[:50]:
                 r.write("samples.jsonl", {"iteration": t, **verdict_row(row)})
-            r.save_state(iteration=t, judged=t, step=0, best=None, evaluations=evaluations)
+            state |= {"iteration": t, "judged": t, "step": 0, "best": None}
+            r.save_state(**state)
         if s.stage == "judge":
             r.say(f"wrote {table_path}; next: the same flags with --stage train")
             return
-        examples, statistics = training_examples(rows, chat, s)
-        r.say(f"iteration {t}: answers to {len(rows)} prompts judged; "
+        examples, statistics = training_examples(rows, chat, s, rank)
+        r.say(f"iteration {t}: answers to {len(examples)} prompts judged; "
               f"mean Phat of the best {statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; "
               f"all K equal for {statistics['tied_share']:.1%} of prompts; "
               f"{statistics['cut_share']:.1%} of answers cut")
         rows = None
-        reference_logprobs(net, examples, s, t, shard, r)
+        reference_logprobs(net, examples, s, t, shard, r, resumed=state["step"] > 0)
 
         # -- loss, step -----------------------------------------------------------------------------------------------
         per_epoch = math.ceil(len(examples) / s.batch_size)
@@ -678,7 +703,7 @@ def main(argv):
         if state["step"]:
             net.load_state_dict(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
-            state = {**state, "weights": None, "optimizer": None}       # not needed twice in memory
+            del state["weights"], state["optimizer"]                    # not needed twice in memory
         bar = run.progress(desc=f"iteration {t}: training", total=steps)
         bar.update(state["step"])
         first_epoch, first_batch = divmod(state["step"], per_epoch)
@@ -701,25 +726,26 @@ def main(argv):
                           f"{metrics['logratio_w']:+.2f}, of losers {metrics['logratio_l']:+.2f}, gradient norm "
                           f"{metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
                 if s.save_every and (step + 1) % s.save_every == 0 and i + 1 < per_epoch:
-                    r.save_state(iteration=t, judged=t, step=step + 1, best=best, evaluations=evaluations,
-                                 weights=net.state_dict(), shard={"optimizer": optimizer.state_dict()})
+                    r.save_state(**state | {"step": step + 1, "best": best, "weights": net.state_dict()},
+                                 shard={"optimizer": optimizer.state_dict()})
 
             # choose the checkpoint on validation prompts (5.1): the best epoch so far is pi_{t+1}
-            rate = None
-            if s.keep == "best":
+            rate, better = None, epoch + 1 == s.epochs
+            if chooses(s):
                 with r.phase("validate"):
                     rate, error = validation_win_rate(net, chat, judge, validation, base["validation"], s, shard)
                 r.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1,
                                           "validation_win_rate": rate, "validation_win_rate_se": error})
                 r.say(f"iteration {t}, epoch {epoch + 1}/{s.epochs}: validation win rate against the base "
                       f"{rate:.3f} ±{error:.3f}")
-            if epoch + 1 == s.epochs if s.keep == "last" else best is None or rate > best["rate"]:
+                better = best is None or rate > best["rate"]
+            if better:
                 best = {"rate": rate, "epoch": epoch + 1}
                 if rank == 0:
                     net.save_pretrained(r.path(f"iter-{t}"), chat.tokenizer)
             if epoch + 1 < s.epochs:
-                r.save_state(iteration=t, judged=t, step=step + 1, best=best, evaluations=evaluations,
-                             weights=net.state_dict(), shard={"optimizer": optimizer.state_dict()})
+                r.save_state(**state | {"step": step + 1, "best": best, "weights": net.state_dict()},
+                             shard={"optimizer": optimizer.state_dict()})
         bar.close()
 
         # -- evaluate -------------------------------------------------------------------------------------------------
@@ -733,7 +759,7 @@ def main(argv):
             evaluations.append(row | {"epoch": best["epoch"], **epoch_means(r, t, best["epoch"])})
             r.say(f"iteration {t} kept epoch {best['epoch']}\n"
                   + (eval.style_line(evaluations) if "styles" in row else eval.table(evaluations)))
-        state = {"iteration": t + 1, "step": 0, "best": None, "evaluations": evaluations}
+        state |= {"iteration": t + 1, "judged": None, "step": 0, "best": None}
         r.save_state(**state)
 
     # -- summary ------------------------------------------------------------------------------------------------------

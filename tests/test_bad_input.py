@@ -165,11 +165,11 @@ def test_a_hub_data_set_that_is_not_there(real, complaint, monkeypatch):
 
 
 def test_sources_that_do_not_fit_the_iterations(real, complaint, monkeypatch):
-    """Three data sets for two iterations: which would be left out?"""
+    """Two data sets for three iterations: the third has none. (More than enough: the first ones count.)"""
     hub(monkeypatch, lambda name, split: [{"prompt": f"{name} {i}"} for i in range(40)])
     names = "owner/a,owner/b,owner/c"
-    line = complaint([*real, "--iterations", "2", "--prompts", names])
-    assert "--prompts names 3 sources for 2 iterations" in line
+    line = complaint([*real, "--iterations", "4", "--prompts", names])
+    assert "--prompts names 3 sources for 4 iterations" in line
     assert "nowhere.jsonl" in complaint([*real, "--iterations", "2", "--prompts", "owner/a,nowhere.jsonl"])
 
 
@@ -267,8 +267,9 @@ def test_numbers_that_make_no_sense(tiny, complaint, flags):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--loss dpo --eta 3", "--eta is SPPO's; --loss dpo"), ("--loss ipo --eta 3", "--loss ipo"),
-    ("--loss sppo --beta 0.1", "--beta is for --loss dpo or ipo"), ("--loss sppo-hard --beta 0.1", "--loss sppo-hard"),
+    ("--loss dpo --eta 3", "--eta does nothing with --loss dpo"), ("--loss ipo --eta 3", "--loss ipo"),
+    ("--loss sppo --beta 0.1", "--beta does nothing with --loss sppo"),
+    ("--loss sppo-hard --beta 0.1", "--loss sppo-hard"),
     ("--beta 0.1", "--loss sppo"), ("--loss dpo --beta 0", "--beta 0"), ("--loss dpo --beta nan", "--beta nan"),
     ("--loss dpo --all-responses", "--all-responses is for --loss sppo"),
     ("--loss sppo-hard --all-responses", "--all-responses"), ("--loss kto", "--loss"),
@@ -291,7 +292,7 @@ def test_flags_that_do_not_fit_together(tiny, complaint, flags, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--world intransitive", "--world is played where no --prompts"),
+    ("--world intransitive", "--world is played without --prompts"),
     ("--judge styles", "--judge pairrm:"), ("--stage train --epochs 2 --keep best --prompts= --table t.jsonl",
                                             "--keep best chooses on held-out prompts")])
 def test_flags_that_do_not_fit_prompts(real, complaint, flags, says):
@@ -331,7 +332,7 @@ def without(row, *names):
     ([PAIR | {"chosen_probs_win": "nan"}], "line 1: "), ([PAIR | {"chosen_probs_win": 2}], "chosen_probs_win 2 is not"),
     ([PAIR | {"chosen_probs_lose": float("nan")}], "chosen_probs_lose nan is not"),
     ([without(PAIR, "chosen_probs_lose")], "line 1: no column chosen_probs_lose"),
-    ([without(PAIR, "rejected")], "line 1: no column rejected"), ([PAIR | {"chosen": 3}], "line 1: generate_k, chosen"),
+    ([without(PAIR, "rejected")], "line 1: no column rejected"), ([PAIR | {"chosen": 3}], "line 1: prompt must be a text, and generate_k"),
     ([PAIR | {"chosen": []}], "line 1: "), ([PAIR | {"rejected": [{"role": "user"}]}], "line 1: "),
     ([PAIR | {"rejected": [{"role": "assistant", "content": None}]}], "line 1: "),
     ([PAIR | {"prompt": 3}], "line 1: "),
@@ -380,6 +381,7 @@ def test_a_directory_that_cannot_be_made(tiny, complaint):
 
 
 def test_a_directory_with_another_run(tiny, complaint):
+    tiny += ["--eta", "20"]
     sppo.main(tiny)
     line = complaint(tiny)
     assert "--out out" in line and "--resume" in line and "--overwrite" in line

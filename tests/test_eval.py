@@ -313,7 +313,7 @@ def circle_summary(loss="sppo"):
     """What a run of two iterations in the intransitive world would leave."""
     names = ["base", "base, greedy", "iteration 1", "iteration 2"]
     shares = [SHARES[0], SHARES[0], *SHARES[1:]]
-    return {"settings": {"loss": loss, "eta": 2.0, "k": 4, "iterations": 2},
+    return {"settings": {"loss": loss, "all_responses": loss == "sppo", "eta": 2.0, "k": 4, "iterations": 2},
             "evaluations": [{**ROW, "name": n, "styles": p, "accuracy_sampled": None, "accuracy_greedy": None}
                             for n, p in zip(names, shares)]}
 
@@ -345,7 +345,8 @@ def test_style_line_and_table():
     summary = circle_summary()
     line = eval.style_line(summary["evaluations"])
     assert line.startswith("iteration 2: styles 0.20/0.30/0.50")
-    assert "best response 0.57" in line and line.endswith(f"{eval.best_response(world.STYLES, [0.75, 0.175, 0.075]):.3f}")
+    # style 1 against the last iterate: .02 + .15 + .4; style 2 against the average: .525 + .035 + .0375
+    assert "best response 0.570; average so far 0.75/" in line and line.endswith(("0.597", "0.598"))
     text = eval.style_table(summary).splitlines()
     assert [row[:24].strip() for row in text[1:]] == ["base", "last iterate", "average of 2 iterates",
                                                       "average, exact updates", "Nash equilibrium"]

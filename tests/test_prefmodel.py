@@ -232,8 +232,8 @@ def test_styles_judge():
 # the table
 
 
-def conversations(*texts):
-    return {f"generate_{k}": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+def conversations(*texts, prompt="q"):
+    return {f"generate_{k}": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             for k, text in enumerate(texts)}
 
 
@@ -263,7 +263,8 @@ def test_rm_scores_are_the_official_ones_under_the_aggregate_estimator(hf):
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     path = str(tmp_path / "table.jsonl")
-    rows = [{"prompt": f"é \u2028 {i}", **conversations("a", "None\n\nb"), "tokens": [[1], [2, 3]]} for i in range(3)]
+    rows = [{"prompt": p, **conversations("a", "None\n\nb", prompt=p), "tokens": [[1], [2, 3]]}
+            for p in ("é \u2028 0", "é \u2028 1")]
     prefmodel.write_table(path, rows)
     assert prefmodel.read_table(path) == rows and prefmodel.answer_texts(rows[0]) == ["a", "None\n\nb"]
     judged = [row | prefmodel.verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]

@@ -27,9 +27,9 @@ from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-SMALL = dict(iterations=2, prompts_per_iteration=20, k=3, epochs=2, batch_size=8, micro_batch=3, validation_prompts=12,
-             test_prompts=16, max_new_tokens=12,
-             max_rows=64, print_every=2, save_every=2, device="cpu", dtype="float32")
+SMALL = dict(eta=20.0, iterations=2, prompts_per_iteration=20, k=3, epochs=2, batch_size=8, micro_batch=3,
+             validation_prompts=12, test_prompts=16, max_new_tokens=12, max_rows=64, print_every=2, save_every=2,
+             device="cpu", dtype="float32")
 
 
 def argv(**settings):
@@ -38,6 +38,12 @@ def argv(**settings):
     for name, value in settings.items():
         words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
     return words
+
+
+def small(loss):
+    """SMALL with a loss and a step size for it that tests may rely on, whatever the defaults are."""
+    step = {"sppo": dict(eta=20.0), "sppo-hard": dict(eta=8.0), "dpo": dict(beta=0.3), "ipo": dict(beta=0.1)}[loss]
+    return {name: value for name, value in SMALL.items() if name != "eta"} | {"loss": loss, **step}
 
 
 def settle(**settings):
@@ -66,7 +72,8 @@ def test_what_is_given_is_kept():
     assert (s.eta, s.epochs, s.optimizer, s.lr) == (7.0, 3, "adamw", 5e-7)
     given = sppo.Settings(eta=7.0)
     settle_again = sppo.settle(given)
-    assert given.lr is None and settle_again.lr == sppo.STEP["operations"]["sppo"]["lr"]  # the caller's settings are not changed
+    # the caller's settings are not changed
+    assert given.lr is None and settle_again.lr == sppo.STEP["operations"]["sppo"]["lr"]
 
 
 @pytest.mark.parametrize("loss", ["sppo", "sppo-hard", "dpo", "ipo"])
@@ -213,7 +220,7 @@ def test_a_source_that_is_too_small_is_refused(hub):
     """Though all sources together would have enough."""
     s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", prompts_per_iteration=11, validation_prompts=3,
                test_prompts=3)
-    with pytest.raises(UserError, match="each source its share"):
+    with pytest.raises(UserError, match=r"iteration 3's own source leaves \d+\)"):
         sppo.split_prompts(s, sppo.read_sources(s))
 
 
@@ -223,11 +230,11 @@ def test_long_prompts_are_left_out_and_counted(llama3, capsys):
     lengths = {p: len(chat.encode(p)) for p in PROMPTS}
     limit = sorted(lengths.values())[29]
     s = settle(prompts="p", model="m", judge="pairrm:x", max_prompt_tokens=limit, max_new_tokens=24)
-    kept = sppo.without_long_prompts([PROMPTS[:20], PROMPTS[20:]], chat, s, 0)
-    assert kept == [[p for p in half if lengths[p] <= limit] for half in (PROMPTS[:20], PROMPTS[20:])]
+    kept = sppo.without_long_prompts(PROMPTS, chat, s, 0)
+    assert kept == [p for p in PROMPTS if lengths[p] <= limit]
     gone = sum(n > limit for n in lengths.values())
     assert f"left out {gone} of 40 prompts: longer than {limit} tokens" in capsys.readouterr().out and gone > 0
-    chat.encode_all(sum(kept, []), limit, 24)
+    sppo.encode(chat, kept, s)
     sppo.without_long_prompts(kept, chat, s, 0)
     assert capsys.readouterr().out == ""
 
@@ -497,8 +504,8 @@ def test_losses_by_hand():
 def test_loss_and_gradient_by_hand(which, loss, request):
     """One row at a time through the whole network, no shared prefix, no fused head: the loss as it is written."""
     made = request.getfixturevalue(which)
-    options = {"all_responses": True} if loss == "all" else {"loss": loss}
-    made.s = settle(**{**SMALL, **options, "max_new_tokens": made.s.max_new_tokens})
+    options = SMALL | {"all_responses": True} if loss == "all" else small(loss)
+    made.s = settle(**options | {"max_new_tokens": made.s.max_new_tokens})
     if loss == "all":
         made.pairs, _ = sppo.training_examples(made.rows, made.chat, made.s)
         for pair in made.pairs:
@@ -645,8 +652,8 @@ def test_the_second_iteration_starts_and_is_anchored_at_the_first(finished):
                                            ("dpo", {}), ("ipo", {})])
 def test_every_loss_moves_winners_above_losers(loss, options, base):
     """Whole runs: at the end most of the pairs that are not ties are ranked as the judge ranked them."""
-    sppo.main(argv(model=base, out="out", loss=loss, lr=2e-3, **options,
-                   **{**SMALL, "iterations": 1, "prompts_per_iteration": 32, "k": 4, "epochs": 8, "keep": "last",
+    sppo.main(argv(model=base, out="out", lr=2e-3, **options,
+                   **{**small(loss), "iterations": 1, "prompts_per_iteration": 32, "k": 4, "epochs": 8, "keep": "last",
                       "micro_batch": 8, "test_prompts": 4, "validation_prompts": 4}))
     rows = [r for r in lines("out/metrics.jsonl") if "loss" in r]
     last = {name: sum(r[name] for r in rows[-4:]) / 4 for name in ("loss", "logratio_w", "logratio_l", "ranked_share")}
@@ -996,6 +1003,83 @@ def test_a_long_foreign_answer_is_cut_and_counted(llama3, prose):
     assert [len(ids) for ids in first["responses"]] == [3, 3]
 
 
+def test_a_foreign_tables_long_prompts_are_left_out(llama3, prose, capsys):
+    """The answers are known, so only the prompt's own limit counts, not the room for an answer of any length."""
+    rows = foreign("chosen")
+    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    lengths = [len(chat.encode(row["prompt"])) for row in rows]
+    limit = sorted(lengths)[7]
+    gone = sum(n > limit for n in lengths)
+    only = {name: value for name, value in prose.items() if name not in ("prompts", "judge", "estimator")}
+    only |= {"max_prompt_tokens": limit, "max_new_tokens": 500}
+    sppo.main(argv(out="out", stage="train", table="foreign.jsonl", drop_long_prompts=True, **only))
+    said = capsys.readouterr().out
+    assert said.count(f"left out {gone} of 12 prompts") == 1 and f"answers to {12 - gone} prompts" in said and gone
+
+
+def test_a_runs_directory_may_move(base, whole):
+    """Another directory, device flag and micro-batch are no other run; another eta is."""
+    flags = argv(model=base, **ONE)
+    sppo.main([*flags, "--out", "first", "--stage", "sample"])
+    os.rename("first", "second")
+    sppo.main([*flags, "--out", "second/", "--stage", "judge", "--device", "auto", "--max-rows", "32"])
+    sppo.main([*flags, "--out", "./second", "--stage", "train", "--print-every", "1"])
+    assert same_files("second", whole, "table-1.jsonl", "iter-1/model.safetensors")
+    with pytest.raises(UserError, match="eta = 20.0, now it is 21.0"):
+        sppo.main([*flags, "--out", "second", "--stage", "judge", "--eta", "21"])
+
+
+def test_the_worlds_own_table_can_be_trained_elsewhere(base, whole):
+    """With --world the defaults are the world's, though --table is given."""
+    sppo.main(argv(model=base, world="operations", out="out", stage="train", table=f"{whole}/table-1.jsonl", **ONE))
+    assert same_files("out", whole, "iter-1/model.safetensors")
+
+
+def test_another_table_in_the_middle_of_training_is_refused(base, monkeypatch):
+    """Its reference log-probs would be another table's: the first log-ratios would not be 0."""
+    for seed in (0, 1):
+        for stage in ("sample", "judge"):
+            sppo.main(argv(model=base, out=f"seed-{seed}", stage=stage, seed=seed, **ONE))
+    flags = argv(model=base, world="operations", out="out", stage="train", **{**ONE, "epochs": 2, "keep": "last"})
+    step, calls = sppo.gradient_step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        return step(*args)
+
+    monkeypatch.setattr(sppo, "gradient_step", dies)
+    with pytest.raises(Killed):
+        sppo.main([*flags, "--table", "seed-0/table-1.jsonl"])
+    with pytest.raises(UserError, match="another table"):
+        sppo.main([*flags, "--table", "seed-1/table-1.jsonl", "--resume"])
+    sppo.main([*flags, "--table", "seed-0/table-1.jsonl", "--resume"])
+    assert os.path.exists("out/iter-1")
+
+
+def test_stages_and_whole_runs_do_not_mix(base, whole):
+    """A whole run's table of results would lack the iterations that stages made."""
+    flags = argv(model=base, **ONE)
+    sppo.main([*flags, "--out", "out", "--stage", "sample"])
+    with pytest.raises(UserError, match="made with --stage"):
+        sppo.main([*flags, "--out", "out", "--resume"])
+    with pytest.raises(UserError, match="without --stage"):
+        sppo.main([*flags, "--out", whole, "--stage", "judge"])
+
+
+def test_a_table_of_validation_prompts_is_refused(base):
+    """What chooses the checkpoint must not train it."""
+    prompt = world.queries("validation", 12)[5]
+    talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in "ab"]
+    prefmodel.write_table("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
+                                       "probability": [[0.5, 0.75], [0.25, 0.5]]}])
+    with pytest.raises(UserError, match="sets aside for validation"):
+        sppo.main(argv(model=base, world="operations", out="out", stage="train", table="t.jsonl",
+                       **{**ONE, "epochs": 2}))
+    assert not os.path.exists("out")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the intransitive world
 
@@ -1018,7 +1102,7 @@ def test_a_run_in_the_intransitive_world(circle, capsys):
     assert [e["name"] for e in evaluations] == ["base", "base, greedy", "iteration 1", "iteration 2"]
     for e in evaluations:
         assert len(e["styles"]) == 3 and sum(e["styles"]) == pytest.approx(1) and e["accuracy_greedy"] is None
-    assert evaluations[0]["styles"][0] > evaluations[0]["styles"][2]        # the corpus: .6, .3, .1
+    assert evaluations[0]["styles"][0] > evaluations[0]["styles"][2]        # the corpus: .45, .25, .3
     assert summary["settings"]["all_responses"] is True and summary["settings"]["judge"] == "styles"
     text = capsys.readouterr().out
     for name in ("average of 2 iterates", "average, exact updates", "Nash equilibrium", "best response"):
@@ -1031,6 +1115,20 @@ def test_a_run_in_the_intransitive_world(circle, capsys):
         P = torch.tensor(row["probability"])
         for i, j in [(i, j) for i in range(3) for j in range(3) if None not in (styles[i], styles[j])]:
             assert float(P[i, j]) == pytest.approx(world.STYLES[styles[i]][styles[j]])
+
+
+def test_each_world_wants_its_own_base(circle, base, capsys):
+    """A judge of styles has nothing to say of answers without one, nor the oracle of answers with one."""
+    with pytest.raises(UserError, match="answers in no style"):
+        sppo.main(argv(model=base, world="intransitive", out="out", **SMALL))
+    with pytest.raises(UserError, match="answers in styles"):
+        sppo.main(argv(model=circle, out="out", **SMALL))
+    with pytest.raises(UserError, match="answers in styles"):
+        eval.main(["winrate", "--model", circle, "--vs", circle])
+    assert not os.path.exists("out")
+    eval.main(["winrate", "--model", circle, "--vs", circle, "--judge", "styles", "--count", "20", "--json"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.2 < row["win_rate"] < 0.8 and row["win_rate_greedy"] == 0.5 and sum(row["styles"]) == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
