@@ -30,6 +30,7 @@ import platform
 import random
 import shutil
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -67,7 +68,8 @@ def parse(settings_class, argv, description, presets=None):
     the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
     value}}; a flag that is given beside it wins.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     epilog="\n".join(f"--preset {name} is\n{_as_flags(v)}" for name, v in (presets or {}).items()))
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         kind = hints[field.name]
@@ -87,6 +89,14 @@ def parse(settings_class, argv, description, presets=None):
         parser.set_defaults(**presets[chosen["preset"]])
         chosen = vars(parser.parse_args(argv))
     return settings_class(**chosen)
+
+
+def _as_flags(values):
+    """{field: value} the way one would type it, for --help."""
+    words = [f"--{name.replace('_', '-')} {value}" if value is not True else f"--{name.replace('_', '-')}"
+             for name, value in values.items()]
+    return textwrap.fill(" ".join(words), 100, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
+                         break_on_hyphens=False)
 
 
 def main(function):
