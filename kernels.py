@@ -129,6 +129,62 @@ def _add_product(out, a, b, fresh=False):
         out += a @ b
 
 
+# Where the coefficients are known before the pass, a tile of tokens keeps its whole vocabulary: 256 MB in float32, which
+# at V = 128,256 is 523 tokens, enough to run the products at full speed and to touch the weight's gradient rarely.
+POLICY_TILE = 64 * 2**20
+
+
+def linear_policy_loss(hidden, weight, target, coef, softcap=None):
+    """sum_m coef[m] log softmax(hidden @ weight.T)[target[m]] and its gradients, from one look at the logits.
+
+    For policy gradients, whose coefficients (minus the advantage, over the batch) are known beforehand: softmax and
+    gradient are formed while the tile of logits is there, three matrix products in all where `linear_logprob`
+    needs four. hidden [T, H], weight [V, H], target [T] int64, coef [T] float32, to which no gradient flows.
+    Returns (loss [] float32, logprob [T] float32 without gradient).
+
+    >>> h, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [math.log(3.0), 0.0]])  # logits 0 and log 3
+    >>> loss, logprob = linear_policy_loss(h, w, torch.tensor([1]), torch.tensor([-2.0]))
+    >>> loss, logprob.exp()                                                                  # -2 log(3/4)
+    (tensor(0.5754), tensor([0.7500]))
+    """
+    return _LinearPolicyLoss.apply(hidden, weight, target, coef, softcap)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, coef, softcap):
+        need_h, need_w = ctx.needs_input_grad[:2]
+        logprob = torch.empty(len(target), device=hidden.device)
+        d_hidden = torch.zeros_like(hidden) if need_h else None
+        d_weight = torch.zeros(weight.shape, device=weight.device) if need_w else None  # a sum over tiles: float32
+        for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
+            logits = soft_cap((hidden[t] @ weight.T).float(), softcap)                  # [t, V]
+            slope = None if softcap is None else 1 - (logits / softcap) ** 2            # d capped / d logit
+            lse = logits.logsumexp(1, keepdim=True)
+            logprob[t] = (logits.gather(1, target[t, None]) - lse).squeeze(1)
+            if not (need_h or need_w):
+                continue
+            p = logits.sub_(lse).exp_().mul_(-coef[t, None])                            # -c softmax, in place
+            p.scatter_add_(1, target[t, None], coef[t, None])                           # + c onehot
+            if slope is not None:
+                p *= slope
+            p = p.to(hidden.dtype)
+            if need_h:
+                d_hidden[t] = p @ weight
+            if need_w:
+                _add_product(d_weight, p.T, hidden[t], fresh=t.start == 0)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(logprob)
+        return (coef * logprob).sum(), logprob
+
+    @staticmethod
+    def backward(ctx, grad, _):                                                         # grad [] of the loss
+        d_hidden, d_weight = ctx.saved_tensors
+        return (None if d_hidden is None else d_hidden * grad,
+                None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None, None)
+
+
 def sum_rows(values, row, rows):
     """Sum packed per-token values by row: values [T], row [T] int64 -> [rows]. A response's log-prob from its tokens'.
 

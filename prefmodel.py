@@ -1,10 +1,11 @@
 """Who judges, and how scores become preferences.
 
-A judge looks at one prompt and K responses to it and says which it likes. Three stand here:
+A judge looks at one prompt and K responses to it and says which it likes. Four stand here:
 
   oracle        the embedded world's exact scorer (world.score): a reward in [0, 1]
   styles        the intransitive world's: a preference over three styles that no reward could express
   pairrm:PATH   PairRM, a DeBERTa that reads the prompt and TWO responses at once and gives one logit for the pair
+  reward:PATH   a reward model: a classifier with one label that reads the prompt and ONE response, and gives a number
 
 Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Two things are never mixed up:
 
@@ -35,6 +36,7 @@ Where this departs from the official PairRM code (llm-blender), and why:
     wins = phat(P)                                                         # [1, 3]
 """
 
+import glob
 import itertools
 import json
 import os
@@ -43,7 +45,10 @@ import pickle
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config, DebertaV2Model,
+                          PreTrainedTokenizerFast)
+from transformers.utils import logging
 
 import world
 from model import fetch
@@ -51,9 +56,9 @@ from run import UserError, progress, write_atomically
 
 
 def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
-    """The judge that --judge names: "oracle", "styles" or "pairrm:DIRECTORY_OR_HUB_ID".
+    """The judge that --judge names: "oracle", "styles", "pairrm:PATH" or "reward:PATH", PATH = directory or hub id.
 
-    `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the embedded worlds' judges need none.
+    `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the other judges need none.
     Raises UserError for an unknown judge or estimator, and for a checkpoint that cannot be used.
     """
     kind, _, path = spec.partition(":")
@@ -63,8 +68,10 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
         return WORLD_JUDGES[spec]()
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
-    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)} or pairrm:PATH, PATH being a "
-                    "directory or a hub id such as llm-blender/PairRM")
+    if kind == "reward" and path:
+        return RewardModel(path, device, dtype)
+    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)}, pairrm:PATH or reward:PATH, PATH "
+                    "being a directory or a hub id such as llm-blender/PairRM")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,3 +535,136 @@ def _marker_ids(tokenizer, settings, config, path):
 
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward models
+
+
+class RewardModel:
+    """A sequence classifier with one label, from a directory or a hub id: the label's logit is the reward.
+
+    decoders    Llama, Mistral, Qwen2, Qwen3, Gemma 2 and others with a `score` head, for instance
+                Skywork/Skywork-Reward-V2-Llama-3.2-3B: a user's and an assistant's turn through the model's own chat
+                template, its ids as they are. Read at the last token, by length; transformers' own forward takes the
+                last that is not the config's pad token, which is another where an answer or its turn ends in that one
+    DeBERTa     v2 and v3, for instance OpenAssistant/reward-model-deberta-v3-large-v2: tokenizer(prompt, answer), a
+                pair of texts, read at [CLS]
+
+    Where both exceed the model's positions the ANSWER is cut on its right; what closes it (end of turn, [SEP]) stays.
+    A special token spelt out in a text is read as one, as in both models' examples. batch_tokens: tokens per forward
+    pass, padding included. The head is float32 whatever `dtype` is.
+    Raises UserError, naming the file and the remedy, for a checkpoint that is missing, cut short or of another kind.
+    """
+
+    def __init__(self, path, device="cpu", dtype=torch.float32, batch_tokens=16384):
+        self.name, self.device, self.batch_tokens = f"reward:{path}", device, batch_tokens
+        self.net, self.tokenizer, self.is_deberta = _open_reward(path, dtype)
+        self.net.requires_grad_(False).to(device)
+        (self.net.classifier if self.is_deberta else self.net.score).float()
+        self.net.config.use_cache = False
+        self.context = getattr(self.net.config, "max_position_embeddings", float("inf"))
+        try:
+            ends = zip(reversed(self._ids("a", "")), reversed(self._ids("a", "b")))
+        except Exception as error:  # whatever a template raises, or makes the template language raise
+            raise UserError(f"{path}: its chat template cannot write a user's and an assistant's turn "
+                            f"({_first_line(error)}); mend its chat_template.jinja") from None
+        # how many ids follow an answer: those in which two answers' rows end alike
+        self.closing = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], ends)))
+
+    def preference(self, prompts, responses):
+        """B prompts, B lists of K responses -> P [B, K, K] float32: Bradley-Terry, sigmoid(r_i - r_j)."""
+        return bradley_terry(self.reward(prompts, responses))
+
+    def reward(self, prompts, responses):
+        """B prompts (raw, no chat template), B lists of K responses -> [B, K] float32, on the CPU.
+
+        Equal (prompt, response) pairs are read once; a reward does not depend on its batch beyond rounding.
+        Raises ValueError where the lists do not fit together, UserError for a prompt that fills the model's positions
+        by itself and for rewards that overflow the dtype.
+        """
+        B, K = _rectangle(prompts, responses)
+        cells = {}  # (prompt, response) -> the cells that this pair fills
+        for b, row in enumerate(responses):
+            for k, response in enumerate(row):
+                cells.setdefault((prompts[b], response), []).append((b, k))
+        rows = [self.row_ids(*pair) for pair in progress(cells, desc="tokenising")]
+        rewards, places = torch.zeros(B, K), list(cells.values())
+        with progress(desc="scoring", total=len(rows)) as bar:
+            for batch in batches_by_length([len(row) for row in rows], self.batch_tokens):
+                for n, score in zip(batch, self._score([rows[n] for n in batch])):
+                    for cell in places[n]:
+                        rewards[cell] = score
+                bar.update(len(batch))
+        if not rewards.isfinite().all():
+            raise UserError(f"{self.name} gave rewards that are not finite; give another --dtype, float32 or bfloat16")
+        return rewards
+
+    def row_ids(self, prompt, response):
+        """The token ids that the network reads for one pair: a list of at most `context` ints."""
+        ids = self._ids(prompt, response)
+        if len(ids) <= self.context:
+            return ids
+        if len(self._ids(prompt, "")) >= self.context:
+            raise UserError(f"the prompt {prompt[:40]!r} leaves no room for an answer in the {self.context} positions "
+                            f"of {self.name}; shorten or remove it")
+        return ids[:self.context - self.closing] + ids[len(ids) - self.closing:]
+
+    def _ids(self, prompt, response):
+        if self.is_deberta:
+            return self.tokenizer(prompt, response, verbose=False)["input_ids"]
+        talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(talk, return_dict=False, tokenizer_kwargs={"verbose": False})
+
+    @torch.inference_mode()
+    def _score(self, rows):
+        """Rewards, a list of R floats, of R rows of ids, in one forward pass."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)   # [R, T], by any id: it is masked
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]  # from lengths: a text may hold the pad token
+        out = self.net.base_model(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device))
+        hidden = out.last_hidden_state                                              # [R, T, H]
+        if self.is_deberta:
+            return self.net.classifier(self.net.pooler(hidden).float())[:, 0].tolist()
+        return self.net.score(hidden[range(len(rows)), (lengths - 1).tolist()].float())[:, 0].tolist()
+
+
+def _open_reward(path, dtype):
+    """(sequence classifier, tokenizer, whether it is a DeBERTa), checked; no code from the checkpoint runs."""
+    directory = fetch(path)
+    named = _read_json(directory).get("architectures")
+    if not isinstance(named, list) or not any(str(name).endswith("ForSequenceClassification") for name in named):
+        raise UserError(f"{directory}/config.json has architectures {named}, no ...ForSequenceClassification; give a "
+                        "reward model such as Skywork/Skywork-Reward-V2-Llama-3.2-3B")
+    if not glob.glob(f"{glob.escape(directory)}/*.safetensors"):
+        fetch(path, ["pytorch_model*.bin"])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers prints a table of the keys that do not fit; ours is one sentence
+    try:
+        net, keys = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # a dozen kinds; safetensors and torch have their own for a damaged file
+        raise UserError(f"{directory} cannot be opened ({_first_line(error)}); its weights may be missing or cut "
+                        "short: download it again") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    harmless = ("lm_head.weight", "embeddings.position_ids", "rotary_emb.inv_freq")  # left over, of no effect
+    wrong = [("lack", key) for key in keys["missing_keys"]]  # transformers would fill these with random numbers
+    wrong += [("have another shape of", key) for key, *_ in keys["mismatched_keys"]]
+    wrong += [("have an unknown", key) for key in keys["unexpected_keys"] if not key.endswith(harmless)]
+    if wrong:
+        raise UserError(f"the weights in {directory} {' '.join(min(wrong))}; give the weights and the config.json of "
+                        "one checkpoint")
+    c, is_deberta = net.config, net.config.model_type == "deberta-v2"
+    if c.num_labels != 1:
+        raise UserError(f"{directory} is a reward model with more than one label ({c.num_labels}); give one with one")
+    if is_deberta and c.type_vocab_size or not is_deberta and not hasattr(net, "score"):
+        raise UserError(f"{directory} holds a {type(net).__name__} that cannot be read here; give a decoder with a "
+                        "score head, or a DeBERTa v2 or v3 without token types")
+    tokenizer = _tokenizer(directory)
+    if not is_deberta and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {path} has no chat template; add its chat_template.jinja to the directory")
+    if len(tokenizer) > c.vocab_size:
+        raise UserError(f"{path}: the tokenizer's {len(tokenizer)} tokens do not fit the model's {c.vocab_size} "
+                        "embeddings; give the tokenizer that belongs to the weights")
+    return net, tokenizer, is_deberta

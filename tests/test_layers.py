@@ -77,7 +77,7 @@ def test_functions_stay_under_sixty_lines(room):
     assert {name: n for name, n in long.items() if n > 60 and name != "main"} == {}
 
 
-@pytest.mark.parametrize("room", ["run", "world", "prefmodel", "eval", "sppo"])
+@pytest.mark.parametrize("room", ["run", "kernels", "world", "prefmodel", "eval", "sppo", "lsp"])
 def test_examples_in_docstrings(room):
     result = doctest.testmod(importlib.import_module(room))
     assert result.failed == 0 and (result.attempted > 0 or room in ("run", "eval", "sppo"))

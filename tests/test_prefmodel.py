@@ -1,6 +1,7 @@
-"""prefmodel.py: preference matrices by hand, PairRM against transformers' DebertaV2Model one pair at a time, bad input.
+"""prefmodel.py: preference matrices by hand, PairRM against transformers' DebertaV2Model one pair at a time, reward models
+against transformers' own classifiers one row at a time, bad input.
 
-The PairRM checkpoints are random and tiny, with weights large enough that a wrong mask, seat or marker moves the logits
+The checkpoints are random and tiny, with weights large enough that a wrong mask, seat or marker moves the logits
 by far more than the tolerances: a test that swaps any of these fails.
 """
 
@@ -14,7 +15,8 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DebertaV2Config, DebertaV2Model
 
@@ -39,7 +41,7 @@ def write_tokenizer(directory, markers):
     tokenizer = Tokenizer(models.Unigram([(word, 0.0) for word in words], unk_id=3))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
                                                              special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)])
     tokenizer.add_special_tokens(words[:4])
     tokenizer.add_tokens(markers)
@@ -456,8 +458,8 @@ def complaint(spec, **options):
 
 
 def test_unknown_judges(hf):
-    for spec in ("gpt", "", "pairrm", "pairrm:", "oracle:x"):
-        assert "--judge" in complaint(spec) and "pairrm:PATH" in complaint(spec) and "oracle" in complaint(spec)
+    for spec in ("gpt", "", "pairrm", "pairrm:", "reward", "reward:", "oracle:x"):
+        assert all(word in complaint(spec) for word in ("--judge", "pairrm:PATH", "reward:PATH", "oracle, styles"))
     assert "pairwise, aggregate" in complaint("oracle", estimator="mean")
 
 
@@ -557,3 +559,322 @@ def test_no_room_for_a_pair(hf):
     for lengths in ({"max_source": 2}, {"max_source": 8, "max_tokens": 13}):
         with pytest.raises(ValueError, match="no room"):
             short(hf, **lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward models against transformers' classifiers
+
+SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=12, max_position_embeddings=512, initializer_range=0.2, num_labels=1, pad_token_id=None)
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}
+FAMILIES = {"llama": dict(rope_parameters=ROPE), "mistral": dict(sliding_window=8), "qwen2": {}, "qwen3": {},
+            "gemma2": dict(sliding_window=8, query_pre_attn_scalar=12, attn_logit_softcapping=2.0)}
+QUESTIONS = ["Name a prime.", "Why does ice float?\n"]
+ANSWERS = [["7", "It is seven, and so is eleven.", ""], ["Water is denser.", "7", "Water is denser."]]
+
+
+def decoder_checkpoint(directory, llama3, family="llama", shard="5GB", **settings):
+    """A random classifier of a family, with the tokenizer of `llama3`. Returns the network, kept for the comparison."""
+    shutil.copytree(llama3, directory, ignore=shutil.ignore_patterns("model*", "config.json", "generation*"))
+    size = len(transformers.AutoTokenizer.from_pretrained(llama3))
+    torch.manual_seed(1)
+    config = {"vocab_size": size, **SMALL, **FAMILIES[family], **settings}
+    config = transformers.AutoConfig.for_model(family, **config)
+    net = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    net.save_pretrained(directory, max_shard_size=shard)
+    return net
+
+
+def deberta_checkpoint(directory, **settings):
+    directory.mkdir()
+    write_tokenizer(directory, [])
+    torch.manual_seed(1)
+    config = {**CONFIG, "num_labels": 1, "pooler_hidden_size": 32, **settings}
+    net = transformers.DebertaV2ForSequenceClassification(DebertaV2Config(**config)).eval()
+    net.save_pretrained(directory)
+    return net
+
+
+@torch.no_grad()
+def rewards_one_by_one(net, rows):
+    """transformers' own forward of single unpadded rows of ids."""
+    return torch.tensor([net(torch.tensor([row])).logits.item() for row in rows])
+
+
+def chat_ids(directory, question, answer):
+    """The row of Llama 3's template, written out here and encoded without the tokenizer class."""
+    text = (f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question.strip()}<|eot_id|>"
+            f"<|start_header_id|>assistant<|end_header_id|>\n\n{answer.strip()}<|eot_id|>")
+    return Tokenizer.from_file(f"{directory}/tokenizer.json").encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def skywork(tmp_path_factory, llama3):
+    """(directory, a RewardModel of it, transformers' network) like Skywork-Reward-V2-Llama."""
+    directory = tmp_path_factory.mktemp("reward") / "skywork"
+    net = decoder_checkpoint(directory, llama3)
+    return directory, prefmodel.load(f"reward:{directory}"), net
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_rewards_equal_transformers_row_by_row(tmp_path, llama3, family):
+    net = decoder_checkpoint(tmp_path / "r", llama3, family, shard="50KB")
+    assert len([name for name in os.listdir(tmp_path / "r") if name.startswith("model-")]) > 1
+    judge = prefmodel.load(f"reward:{tmp_path / 'r'}")
+    got = judge.reward(QUESTIONS, ANSWERS)
+    want = rewards_one_by_one(net, [chat_ids(tmp_path / "r", q, a) for q, row in zip(QUESTIONS, ANSWERS) for a in row])
+    assert judge.name == f"reward:{tmp_path / 'r'}" and got.shape == (2, 3) and got.dtype == torch.float32
+    assert got.device.type == "cpu" and not got.is_inference() and want.std() > 0.1
+    torch.testing.assert_close(got, want.view(2, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_deberta_rewards_equal_transformers_row_by_row(tmp_path, kind):
+    net = deberta_checkpoint(tmp_path / "r")
+    if kind == "bin":
+        os.remove(tmp_path / "r/model.safetensors")
+        torch.save(net.state_dict(), tmp_path / "r/pytorch_model.bin")
+    rows = [[CLS, *(k + 4 for k in s), SEP, *(k + 4 for k in c), SEP] for s, row in zip(SOURCES, CANDIDATES) for c in row]
+    got, want = prefmodel.load(f"reward:{tmp_path / 'r'}").reward(PROMPTS, RESPONSES), rewards_one_by_one(net, rows)
+    assert want.std() > 0.1
+    torch.testing.assert_close(got, want.view(3, 3), rtol=1e-4, atol=1e-5)
+    assert prefmodel.RewardModel(str(tmp_path / "r")).row_ids("①", "w1") == [CLS, 4 + WORDS, SEP, 5, SEP]  # as stored
+
+
+@torch.no_grad()
+def test_rewards_equal_transformers_padded_left_and_right(skywork):
+    directory, judge, net = skywork
+    rows = [chat_ids(directory, q, a) for q, row in zip(QUESTIONS, ANSWERS) for a in row]
+    T, got = max(map(len, rows)), judge.reward(QUESTIONS, ANSWERS).flatten()
+    net.config.pad_token_id = 1
+    for left in (True, False):
+        pads = [[1] * (T - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)])
+        want = net(ids, attention_mask=(ids != 1).long()).logits[:, 0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    net.config.pad_token_id = None
+
+
+def test_reward_batches_stay_within_the_budget_and_change_nothing(skywork, monkeypatch):
+    directory, judge, _ = skywork
+    judge = prefmodel.RewardModel(str(directory), batch_tokens=120)
+    sizes, forward = [], judge.net.model.forward
+    monkeypatch.setattr(judge.net.model, "forward",
+                        lambda input_ids, **rest: sizes.append(tuple(input_ids.shape)) or forward(input_ids, **rest))
+    got = judge.reward(QUESTIONS, ANSWERS)
+    assert sum(rows for rows, _ in sizes) == 5                         # the equal answers to the second are read once
+    assert all(rows * T <= 120 for rows, T in sizes) and 1 < len(sizes) < 5 and got[1, 0] == got[1, 2]
+    for other in (skywork[1], prefmodel.RewardModel(str(directory), batch_tokens=1)):
+        torch.testing.assert_close(other.reward(QUESTIONS, ANSWERS), got, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(judge.reward(QUESTIONS[1:], [["7"]])[0, 0], got[1, 1], rtol=1e-4, atol=1e-5)
+    assert judge.net.model(torch.tensor([[1]])).past_key_values is None
+
+
+def test_reward_ids_are_the_templates_own(skywork):
+    directory, judge, _ = skywork
+    for q, a in (("Name a prime.", "7"), (" x ", "y\n"), ("q", "")):
+        ids = judge.row_ids(q, a)
+        assert ids == chat_ids(directory, q, a) and ids.count(0) == 1 and ids[0] == 0
+    assert "system" not in judge.tokenizer.decode(ids)
+
+
+@torch.no_grad()
+def test_the_score_is_read_at_the_last_token_even_if_that_is_the_pad_token(tmp_path, llama3):
+    """An answer that holds the pad token's text; and, with a template that closes no turn, one that ends in it."""
+    net = decoder_checkpoint(tmp_path / "r", llama3, pad_token_id=1)
+    answers = ["7<|end_of_text|>", "<|end_of_text|> or not", "7"]
+    for open_end in (False, True):
+        if open_end:
+            (tmp_path / "r/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        judge = prefmodel.RewardModel(str(tmp_path / "r"))
+        rows = [judge.row_ids("q", a) for a in answers]
+        assert 1 in rows[0] and (rows[0][-1] == 1) == open_end and judge.closing == (not open_end)
+        want = [net.score(net.model(torch.tensor([row])).last_hidden_state[0, -1]).item() for row in rows]
+        torch.testing.assert_close(judge.reward(["q"], [answers]), torch.tensor([want]), rtol=1e-4, atol=1e-4)
+        assert abs(want[0] - want[2]) > 0.01
+    assert judge.tokenizer.decode(rows[2]) == "q7"
+
+
+def test_bfloat16_reward_models_have_a_float32_head(tmp_path, skywork):
+    deberta_checkpoint(tmp_path / "r")
+    for directory, questions, answers in ((skywork[0], QUESTIONS, ANSWERS), (tmp_path / "r", PROMPTS, RESPONSES)):
+        full = prefmodel.load(f"reward:{directory}").reward(questions, answers)
+        half = prefmodel.load(f"reward:{directory}", dtype=torch.bfloat16)
+        assert {p.dtype for p in half.net.base_model.parameters()} == {torch.bfloat16}
+        got = half.reward(questions, answers)
+        assert got.dtype == torch.float32 and 0 < (got - full).abs().max() < 0.1 * full.abs().max()
+        assert (got != got.bfloat16().float()).any()                    # more digits than bfloat16 has
+
+
+def test_rewards_stored_in_bfloat16_are_read(tmp_path, llama3):
+    net = decoder_checkpoint(tmp_path / "r", llama3).bfloat16()
+    net.save_pretrained(tmp_path / "r")
+    want = rewards_one_by_one(net.float(), [chat_ids(tmp_path / "r", QUESTIONS[0], a) for a in ANSWERS[0]])
+    got = prefmodel.load(f"reward:{tmp_path / 'r'}").reward(QUESTIONS[:1], ANSWERS[:1])[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_reward_preference_is_bradley_terry(skywork):
+    judge = skywork[1]
+    r, P = judge.reward(QUESTIONS, ANSWERS), judge.preference(QUESTIONS, ANSWERS)
+    torch.testing.assert_close(P, torch.sigmoid(r[:, :, None] - r[:, None, :]))
+    assert torch.equal(P.diagonal(dim1=1, dim2=2), torch.full((2, 3), 0.5)) and (P + P.mT - 1).abs().max() < 2e-7
+    assert judge.reward([], []).shape == (0, 0) and judge.preference([], []).shape == (0, 0, 0)
+    with pytest.raises(ValueError, match="one K for all"):
+        judge.reward(QUESTIONS, ANSWERS[:1])
+
+
+def test_a_long_answer_is_cut_and_keeps_its_end(tmp_path, llama3):
+    decoder_checkpoint(tmp_path / "llama", llama3, max_position_embeddings=40)
+    deberta_checkpoint(tmp_path / "deberta", max_position_embeddings=10)
+    judge, question, answer = prefmodel.load(f"reward:{tmp_path / 'llama'}"), "Name a prime.", "seven or eleven " * 9
+    whole = chat_ids(tmp_path / "llama", question, answer)
+    assert len(whole) > 40 and judge.row_ids(question, answer) == whole[:39] + [4]
+    assert judge.reward([question], [[answer, answer + "or so", "7"]])[0, :2].unique().numel() == 1
+    with pytest.raises(UserError, match="leaves no room for an answer in the 40 positions"):
+        judge.reward([answer], [["7", "8"]])
+    judge = prefmodel.load(f"reward:{tmp_path / 'deberta'}")
+    assert judge.row_ids(words(1, 2, 3), words(*range(9))) == [CLS, 5, 6, 7, SEP, 4, 5, 6, 7, SEP]
+    want = judge.tokenizer(words(1, 2, 3), words(*range(9)), truncation="only_second", max_length=10)["input_ids"]
+    assert judge.row_ids(words(1, 2, 3), words(*range(9))) == want
+    with pytest.raises(UserError, match="leaves no room"):
+        judge.reward([words(*range(9))], [["w1"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward models: the hub, and bad input
+
+
+def test_the_hub_is_asked_for_bin_weights_where_there_are_no_safetensors(tmp_path, monkeypatch):
+    net, asked = deberta_checkpoint(tmp_path / "r"), []
+    (tmp_path / "cache").mkdir()
+    torch.save(net.state_dict(), tmp_path / "r/pytorch_model.bin")
+
+    def snapshot_download(name, allow_patterns, **options):
+        asked.append(allow_patterns)
+        for file in os.listdir(tmp_path / "r"):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                shutil.copy(tmp_path / "r" / file, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    prefmodel.load("reward:some/judge")
+    assert len(asked) == 1 and not os.path.exists(tmp_path / "cache/pytorch_model.bin")
+    os.remove(tmp_path / "r/model.safetensors")
+    os.remove(tmp_path / "cache/model.safetensors")
+    prefmodel.load("reward:some/judge")
+    assert asked[-1] == ["pytorch_model*.bin"]
+
+
+def test_missing_reward_models(tmp_path, skywork):
+    assert str(tmp_path / "nowhere") in complaint(f"reward:{tmp_path / 'nowhere'}")
+    assert "nobody/no-such-judge" in complaint("reward:nobody/no-such-judge")
+    directory = tmp_path / "r"
+    shutil.copytree(skywork[0], directory)
+    config = json.loads((directory / "config.json").read_text())
+    for change in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": None}, {"model_type": "nothing"}):
+        write_json(directory / "config.json", config | change)
+        assert str(directory) in complaint(f"reward:{directory}")
+    (directory / "config.json").unlink()
+    assert f"{directory}/config.json" in complaint(f"reward:{directory}")
+
+
+def test_other_classifiers_are_refused(tmp_path, llama3):
+    decoder_checkpoint(tmp_path / "two", llama3, num_labels=2)
+    assert "a reward model with more than one label (2)" in complaint(f"reward:{tmp_path / 'two'}")
+    deberta_checkpoint(tmp_path / "types", type_vocab_size=2)
+    assert "token types" in complaint(f"reward:{tmp_path / 'types'}")
+    transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        num_labels=1)).save_pretrained(tmp_path / "bert")
+    assert "BertForSequenceClassification" in complaint(f"reward:{tmp_path / 'bert'}")
+
+
+def rewrite(directory, change):
+    weights = load_file(f"{directory}/model.safetensors")
+    change(weights)
+    save_file(weights, f"{directory}/model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda weights: weights.pop("score.weight"), "lack score.weight"),
+    (lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"), "lack model.layers.1.self_attn.k_proj"),
+    (lambda weights: weights.update({"score.weight": torch.zeros(1, 47)}), "have another shape of score.weight"),
+    (lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}), "unknown model.layers.2.mlp"),
+])
+def test_reward_weights_that_do_not_fit(tmp_path, skywork, change, says):
+    shutil.copytree(skywork[0], tmp_path / "r")
+    rewrite(tmp_path / "r", change)
+    message = complaint(f"reward:{tmp_path / 'r'}")
+    assert says in message and str(tmp_path / "r") in message
+
+
+def test_a_causal_lm_is_no_reward_model(tmp_path, llama3):
+    """Neither as it is, nor with a config that says otherwise: no head is made up."""
+    assert "LlamaForCausalLM" in complaint(f"reward:{llama3}")
+    shutil.copytree(llama3, tmp_path / "r")
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    write_json(tmp_path / "r/config.json", config | {"architectures": ["LlamaForSequenceClassification"],
+                                                     "id2label": {"0": "LABEL_0"}})
+    assert "lack score.weight" in complaint(f"reward:{tmp_path / 'r'}")
+
+
+def test_a_left_over_language_head_is_no_error(tmp_path, skywork):
+    shutil.copytree(skywork[0], tmp_path / "r")
+    rewrite(tmp_path / "r", lambda weights: weights.update({"lm_head.weight": torch.zeros(3, 48)}))
+    got = prefmodel.load(f"reward:{tmp_path / 'r'}").reward(QUESTIONS, ANSWERS)
+    assert torch.equal(got, skywork[1].reward(QUESTIONS, ANSWERS))
+
+
+def test_damaged_reward_weights(tmp_path, llama3, skywork):
+    shutil.copytree(skywork[0], tmp_path / "whole")
+    os.truncate(tmp_path / "whole/model.safetensors", 5000)
+    assert str(tmp_path / "whole") in complaint(f"reward:{tmp_path / 'whole'}")
+    os.remove(tmp_path / "whole/model.safetensors")
+    assert "no file named" in complaint(f"reward:{tmp_path / 'whole'}")
+    decoder_checkpoint(tmp_path / "shards", llama3, shard="50KB")
+    os.remove(next((tmp_path / "shards").glob("model-00002*")))
+    assert str(tmp_path / "shards") in complaint(f"reward:{tmp_path / 'shards'}")
+    net = deberta_checkpoint(tmp_path / "bin")
+    os.remove(tmp_path / "bin/model.safetensors")
+    torch.save(net.state_dict(), tmp_path / "bin/pytorch_model.bin")
+    os.truncate(tmp_path / "bin/pytorch_model.bin", 5000)
+    assert str(tmp_path / "bin") in complaint(f"reward:{tmp_path / 'bin'}")
+
+
+def test_reward_weights_that_would_run_code_are_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    deberta_checkpoint(tmp_path / "r")
+    os.remove(tmp_path / "r/model.safetensors")
+    torch.save({"classifier.bias": Trap()}, tmp_path / "r/pytorch_model.bin")
+    assert str(tmp_path / "r") in complaint(f"reward:{tmp_path / 'r'}")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_reward_tokenizers_that_do_not_fit(tmp_path, llama3):
+    decoder_checkpoint(tmp_path / "r", llama3)
+    template = tmp_path / "r/chat_template.jinja"
+    template.write_text("{{ raise_exception('no assistant, please') }}")
+    assert "no assistant, please" in complaint(f"reward:{tmp_path / 'r'}")
+    template.unlink()
+    assert "no chat template" in complaint(f"reward:{tmp_path / 'r'}")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(tmp_path / "r" / file)
+    assert str(tmp_path / "r") in complaint(f"reward:{tmp_path / 'r'}")
+    decoder_checkpoint(tmp_path / "small", llama3, vocab_size=399)
+    assert "399 embeddings" in complaint(f"reward:{tmp_path / 'small'}")
+    deberta_checkpoint(tmp_path / "deberta", vocab_size=24)
+    assert "24 embeddings" in complaint(f"reward:{tmp_path / 'deberta'}")
+    (tmp_path / "deberta/tokenizer.json").write_text("{")
+    assert "no tokenizer" in complaint(f"reward:{tmp_path / 'deberta'}")
+
+
+def test_rewards_that_are_not_finite_are_refused(skywork):
+    judge = prefmodel.RewardModel(str(skywork[0]))
+    judge.net.score.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        judge.preference(QUESTIONS, ANSWERS)
