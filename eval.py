@@ -454,7 +454,8 @@ def _triangles(plt, runs):
                   label="Nash equilibrium")
         for corner, text, side in zip(corners.tolist(), ("style 0", "style 1", "style 2"), ("top", "top", "bottom")):
             axis.text(*corner, text, ha="center", va=side, fontsize=8)
-        axis.set(title=f"{name}, {len(played) - 1} iterations", aspect="equal", xlim=(-0.1, 1.1), ylim=(-0.1, 0.98))
+        axis.set(title=f"{name} ({summary['method']}), {len(played) - 1} iterations", aspect="equal",
+                 xlim=(-0.1, 1.1), ylim=(-0.1, 0.98))
         axis.axis("off")
         axis.legend(fontsize=7, loc="upper left", frameon=False)
     return figure
@@ -464,10 +465,12 @@ def _curves(plt, runs):
     """Left: accuracy where there is an oracle, else answer length. Right: win rates with their standard errors.
     The untrained base stands in both."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    units = set()
     for color, (name, summary) in zip([f"C{i}" for i in range(10)] * 10, runs):
         rows = summary["evaluations"]
         base, steps = rows[0], [r for r in rows if r["name"] != "base, greedy"]
-        x = range(len(steps))
+        x = [0] + [int(r["name"].split()[-1]) for r in steps[1:]]           # "iteration 2", "step 100"
+        units |= {r["name"].split()[0] for r in steps[1:]}
         oracle = base["accuracy_greedy"] is not None
         if oracle:
             left.plot(x, [r["accuracy_greedy"] for r in steps], "o-", color=color, label=f"{name}, greedy")
@@ -482,10 +485,11 @@ def _curves(plt, runs):
             right.axhline(sharp["win_rate"], color=color, lw=0.8, ls="--",
                           label=f"{name}: untrained base, greedy, vs samples")
         for axis in (left, right):
-            axis.set_xticks(x, ["base", *(r["name"].replace("iteration ", "") for r in steps[1:])])
+            axis.set_xticks(x, ["base", *x[1:]])
+    unit = " or ".join(sorted(units))
     left.set(title="accuracy on test prompts" if oracle else "answer length",
-             ylabel="share answered exactly" if oracle else "tokens", xlabel="iteration")
-    right.set(title="win rate against the base (± 1 s.e.)", ylabel="win rate", xlabel="iteration")
+             ylabel="share answered exactly" if oracle else "tokens", xlabel=unit)
+    right.set(title="win rate against the base (± 1 s.e.)", ylabel="win rate", xlabel=unit)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -502,7 +506,8 @@ class WinrateSettings:
     model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)")
     vs: str = run.flag("", "the checkpoint it plays against (needed)")
     prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the embedded world's queries")
-    judge: str = run.flag("oracle", "who judges: oracle or styles (embedded worlds), pairrm:DIR_OR_HUB_ID")
+    judge: str = run.flag("oracle", "who judges: oracle or styles (embedded worlds), pairrm:DIR_OR_HUB_ID or "
+                                  "reward:DIR_OR_HUB_ID")
     estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
     part: str = run.flag("test", "the embedded world's queries to play on; validation is where settings are picked",
                          ("test", "validation"))

@@ -129,8 +129,8 @@ def _add_product(out, a, b, fresh=False):
         out += a @ b
 
 
-# Where the coefficients are known before the pass, a tile of tokens keeps its whole vocabulary: 256 MB in float32, which
-# at V = 128,256 is 523 tokens, enough to run the products at full speed and to touch the weight's gradient rarely.
+# Where the coefficients are known before the pass, a tile of tokens keeps its whole vocabulary: 256 MB in float32. At
+# V = 128,256 that is 523 tokens, enough to run the products at full speed and to touch the weight's gradient rarely.
 POLICY_TILE = 64 * 2**20
 
 

@@ -565,7 +565,7 @@ class RewardModel:
         self.net.config.use_cache = False
         self.context = getattr(self.net.config, "max_position_embeddings", float("inf"))
         try:
-            ends = zip(reversed(self._ids("a", "")), reversed(self._ids("a", "b")))
+            ends = zip(reversed(self._ids("a", "a")), reversed(self._ids("a", "1")))
         except Exception as error:  # whatever a template raises, or makes the template language raise
             raise UserError(f"{path}: its chat template cannot write a user's and an assistant's turn "
                             f"({_first_line(error)}); mend its chat_template.jinja") from None
@@ -579,23 +579,22 @@ class RewardModel:
     def reward(self, prompts, responses):
         """B prompts (raw, no chat template), B lists of K responses -> [B, K] float32, on the CPU.
 
-        Equal (prompt, response) pairs are read once; a reward does not depend on its batch beyond rounding.
+        What reads the same, cut or trimmed too, is scored once and so ties exactly; beyond rounding a reward does not
+        depend on its batch.
         Raises ValueError where the lists do not fit together, UserError for a prompt that fills the model's positions
         by itself and for rewards that overflow the dtype.
         """
         B, K = _rectangle(prompts, responses)
-        cells = {}  # (prompt, response) -> the cells that this pair fills
-        for b, row in enumerate(responses):
-            for k, response in enumerate(row):
-                cells.setdefault((prompts[b], response), []).append((b, k))
-        rows = [self.row_ids(*pair) for pair in progress(cells, desc="tokenising")]
-        rewards, places = torch.zeros(B, K), list(cells.values())
+        pairs = dict.fromkeys((x, y) for x, row in zip(prompts, responses) for y in row)
+        read = {pair: tuple(self.row_ids(*pair)) for pair in progress(pairs, desc="tokenising")}
+        rows, scores = list(dict.fromkeys(read.values())), {}
         with progress(desc="scoring", total=len(rows)) as bar:
             for batch in batches_by_length([len(row) for row in rows], self.batch_tokens):
-                for n, score in zip(batch, self._score([rows[n] for n in batch])):
-                    for cell in places[n]:
-                        rewards[cell] = score
+                batch = [rows[n] for n in batch]
+                scores |= zip(batch, self._score(batch))
                 bar.update(len(batch))
+        rewards = [[scores[read[x, y]] for y in row] for x, row in zip(prompts, responses)]
+        rewards = torch.tensor(rewards, dtype=torch.float32).reshape(B, K)
         if not rewards.isfinite().all():
             raise UserError(f"{self.name} gave rewards that are not finite; give another --dtype, float32 or bfloat16")
         return rewards
@@ -605,7 +604,7 @@ class RewardModel:
         ids = self._ids(prompt, response)
         if len(ids) <= self.context:
             return ids
-        if len(self._ids(prompt, "")) >= self.context:
+        if len(self._ids(prompt, "a")) > self.context:
             raise UserError(f"the prompt {prompt[:40]!r} leaves no room for an answer in the {self.context} positions "
                             f"of {self.name}; shorten or remove it")
         return ids[:self.context - self.closing] + ids[len(ids) - self.closing:]
@@ -644,17 +643,16 @@ def _open_reward(path, dtype):
         net, keys = AutoModelForSequenceClassification.from_pretrained(
             directory, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:  # a dozen kinds; safetensors and torch have their own for a damaged file
-        raise UserError(f"{directory} cannot be opened ({_first_line(error)}); its weights may be missing or cut "
-                        "short: download it again") from None
+        raise UserError(f"{directory} does not open as a reward model ({_first_line(error)}); complete it or download "
+                        "it again") from None
     finally:
         logging.set_verbosity(verbosity)
     harmless = ("lm_head.weight", "embeddings.position_ids", "rotary_emb.inv_freq")  # left over, of no effect
-    wrong = [("lack", key) for key in keys["missing_keys"]]  # transformers would fill these with random numbers
-    wrong += [("have another shape of", key) for key, *_ in keys["mismatched_keys"]]
-    wrong += [("have an unknown", key) for key in keys["unexpected_keys"] if not key.endswith(harmless)]
+    wrong = [f"lack {key}" for key in sorted(keys["missing_keys"])]  # transformers would fill it with random numbers
+    wrong += [f"have {key} of shape {list(is_)}, not {list(asked)}" for key, is_, asked in keys["mismatched_keys"]]
+    wrong += [f"have an unknown {key}" for key in sorted(keys["unexpected_keys"]) if not key.endswith(harmless)]
     if wrong:
-        raise UserError(f"the weights in {directory} {' '.join(min(wrong))}; give the weights and the config.json of "
-                        "one checkpoint")
+        raise UserError(f"the weights in {directory} {wrong[0]}; give weights and config.json of one checkpoint")
     c, is_deberta = net.config, net.config.model_type == "deberta-v2"
     if c.num_labels != 1:
         raise UserError(f"{directory} is a reward model with more than one label ({c.num_labels}); give one with one")

@@ -67,13 +67,13 @@ from run import flag
 # OPERATIONS and INTRANSITIVE are the embedded worlds, picked on their validation prompts. PAPER is section 5.1, and
 # where that is silent the official code: RMSProp, 512 tokens for a prompt and 1,024 for both together (here: 1,024 for
 # the answer).
-OPERATIONS = dict(iterations=3, prompts_per_iteration=4096, all_responses=False, keep="best", optimizer="adamw",
-                  max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
+OPERATIONS = dict(iterations=3, prompts_per_iteration=4096, batch_size=64, all_responses=False, keep="best",
+                  optimizer="adamw", max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512,
                   validation_prompts=512, test_prompts=2000, print_every=64, save_every=0)
-INTRANSITIVE = OPERATIONS | dict(iterations=40, prompts_per_iteration=256, keep="last", test_prompts=1000,
-                                 print_every=24)
-PAPER = dict(iterations=3, prompts_per_iteration=20000, all_responses=False, keep="best", optimizer="rmsprop",
-             max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128,
+INTRANSITIVE = OPERATIONS | dict(iterations=40, prompts_per_iteration=1024, batch_size=32, keep="last",
+                                 test_prompts=1000, print_every=32)
+PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_responses=False, keep="best",
+             optimizer="rmsprop", max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128,
              validation_prompts=256, test_prompts=256, print_every=1, save_every=100)
 OWN_JUDGE = {"operations": "oracle", "intransitive": "styles"}
 DEFAULTS = {"operations": OPERATIONS, "intransitive": INTRANSITIVE, "paper": PAPER}
@@ -81,9 +81,9 @@ DEFAULTS = {"operations": OPERATIONS, "intransitive": INTRANSITIVE, "paper": PAP
 STEP = {
     "operations": {"sppo": dict(eta=10.0, lr=5e-4, epochs=6), "sppo-hard": dict(eta=8.0, lr=2.5e-4, epochs=6),
                    "dpo": dict(beta=1.0, lr=5e-4, epochs=3), "ipo": dict(beta=0.2, lr=2.5e-4, epochs=6)},
-    "intransitive": {"sppo": dict(eta=2.0, lr=5e-4, epochs=6, all_responses=True),
-                     "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=6),
-                     "dpo": dict(beta=1.0, lr=2e-4, epochs=3), "ipo": dict(beta=0.5, lr=5e-4, epochs=6)},
+    "intransitive": {"sppo": dict(eta=2.0, lr=5e-4, epochs=1, all_responses=True),
+                     "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=1),
+                     "dpo": dict(beta=1.0, lr=2e-4, epochs=1), "ipo": dict(beta=0.5, lr=5e-4, epochs=1)},
     "paper": {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)},
 }
@@ -114,7 +114,8 @@ class Settings:
     model: str = flag("",
         "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3, gemma2); without it the embedded "
         "world's base")
-    judge: str = flag("", "P(y > y' | x): oracle or styles (the embedded worlds' defaults) or pairrm:DIR_OR_HUB_ID")
+    judge: str = flag("", "P(y > y' | x): oracle or styles (the embedded worlds' defaults), "
+        "pairrm:DIR_OR_HUB_ID, or reward:DIR_OR_HUB_ID (then sigmoid(r - r'), transitive)")
     estimator: str = flag("pairwise",
         "PairRM's logits to P: pairwise = sigmoid((M_ij - M_ji)/2); "
         "aggregate = the official code's, which loses cycles", ("pairwise", "aggregate"))
@@ -124,7 +125,7 @@ class Settings:
     iterations: int | None = flag(None,
         "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3) [intransitive 40, else 3]")
     prompts_per_iteration: int | None = flag(None,
-        "prompts sampled in each iteration; 0 = all there are [operations 4096, intransitive 256, else 20000]")
+        "prompts sampled in each iteration; 0 = all there are [operations 4096, intransitive 1024, else 20000]")
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)")
     loss: str = flag("sppo",
         "sppo = (4.7); sppo-hard = (4.7) with p = 1 and 0; dpo, ipo = the paper's baselines, on the same best and "
@@ -147,7 +148,8 @@ class Settings:
                               "(section 5.1: 0.1)")
     weight_decay: float = flag(0.0, "of AdamW or RMSProp (not in the paper)")
     clip: float = flag(1.0, "largest gradient norm; 0 = no clipping (not in the paper)")
-    batch_size: int = flag(64, "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each")
+    batch_size: int | None = flag(None,
+        "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each [intransitive 32, else 64]")
     micro_batch: int | None = flag(None,
         "prompts per forward and backward pass and rank; less saves memory, the gradient is the same "
         "[embedded worlds 64, else 1]")
@@ -171,7 +173,7 @@ class Settings:
     test_prompts: int | None = flag(None,
         "held-out prompts of the final table; nothing is chosen on them [embedded worlds 2000, else 256]")
     print_every: int | None = flag(None,
-        "optimizer steps between printed lines; metrics.jsonl has every step [operations 64, intransitive 16, else 1]")
+        "optimizer steps between printed lines; metrics.jsonl has every step [operations 64, intransitive 32, else 1]")
     save_every: int | None = flag(None,
         "optimizer steps between saved states, besides those at every epoch's end; 0 = only those "
         "[embedded worlds 0, else 100]")
@@ -225,7 +227,7 @@ def settle(s):
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
     if s.gradient_accumulation > 0:
         passes = s.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
-        defaults["micro_batch"] = math.ceil(s.batch_size / passes)
+        defaults["micro_batch"] = math.ceil((s.batch_size or defaults["batch_size"]) / passes)
     s = dataclasses.replace(s, **{k: v for k, v in defaults.items() if getattr(s, k) is None})
     if not s.judge and on_world(s):
         s = dataclasses.replace(s, judge=OWN_JUDGE[s.world])

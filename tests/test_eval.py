@@ -313,7 +313,7 @@ def circle_summary(loss="sppo"):
     """What a run of two iterations in the intransitive world would leave."""
     names = ["base", "base, greedy", "iteration 1", "iteration 2"]
     shares = [SHARES[0], SHARES[0], *SHARES[1:]]
-    return {"settings": {"loss": loss, "all_responses": loss == "sppo", "eta": 2.0, "k": 4, "iterations": 2},
+    return {"method": loss, "settings": {"loss": loss, "all_responses": loss == "sppo", "eta": 2.0, "k": 4, "iterations": 2},
             "evaluations": [{**ROW, "name": n, "styles": p, "accuracy_sampled": None, "accuracy_greedy": None}
                             for n, p in zip(names, shares)]}
 
