@@ -53,7 +53,7 @@ import world
 from run import flag
 
 # What a setting is when its flag is not given, in the embedded world
-WORLD = dict(steps=150, queries=32, answers=8, beta=0.1, alpha_ch=0.05, reward_scale=3.0, lr=4e-4, self_reward="sample",
+WORLD = dict(steps=200, queries=32, answers=8, beta=0.1, alpha_ch=0.05, reward_scale=3.0, lr=4e-4, self_reward="sample",
              max_query_tokens=24, max_new_tokens=24, micro_batch=32, max_rows=512, test_prompts=2000, eval_every=50,
              print_every=10)
 
@@ -66,7 +66,7 @@ class Settings:
     model: str = flag("", "the initial model: a checkpoint of the embedded world; without it the world's base")
     init: str = flag("",
         "start from the last checkpoint of this run's directory instead (LSP after GRPO, or the reverse)")
-    steps: int | None = flag(None, "optimizer steps [150]")
+    steps: int | None = flag(None, "optimizer steps [200]")
     queries: int | None = flag(None, "N, queries per step (Table 1: 8) [32]")
     answers: int | None = flag(None, "G, answers per query (not in the paper) [8]")
     beta: float | None = flag(None, "beta, weight of the KL to the initial model (Table 1: 0.05) [0.1]")
