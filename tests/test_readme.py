@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import lsp
 import sppo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -36,7 +37,7 @@ def test_every_flag_in_the_readme_is_a_flag():
     import eval
 
     source = "".join(open(os.path.join(ROOT, f)).read() for f in os.listdir(ROOT) if f.endswith(".py"))
-    known = {"--" + field.name.replace("_", "-") for settings in (sppo.Settings, eval.WinrateSettings)
+    known = {"--" + field.name.replace("_", "-") for settings in (sppo.Settings, lsp.Settings, eval.WinrateSettings)
              for field in dataclasses.fields(settings)}
     known |= {"--" + name.replace("_", "-") for name in re.findall(r"^\s+(\w+): \w+ = run\.flag", source, re.M)}
     known |= {"--nproc_per_node", "--slow", "--help", "--login"}
