@@ -241,8 +241,9 @@ def test_older_spellings_of_the_config(checkpoints, tmp_path, name):
     torch.testing.assert_close(logits(net, ROWS[0]), logits(checkpoints[name][1], ROWS[0]), atol=1e-4, rtol=0)
     net.save_pretrained(tmp_path / "new")
     assert read_json(tmp_path, "new", "config.json").get("torch_dtype") is None
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), ROWS[0]),
-                               logits(net, ROWS[0]), atol=1e-4, rtol=0)
+    # "eager": torch's own attention, transformers' default in some releases, leaves Gemma 2's cap out
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
+    torch.testing.assert_close(logits(theirs, ROWS[0]), logits(net, ROWS[0]), atol=1e-4, rtol=0)
 
 
 def test_an_unused_window_is_no_window(checkpoints, tmp_path):

@@ -1164,6 +1164,59 @@ def test_two_ranks_compute_what_one_does(base, finished):
     same(launch("ragged", **ragged), lines("one/metrics.jsonl"))
 
 
+@pytest.mark.slow
+def test_two_ranks_killed_in_training_resume_bit_for_bit(base, complaint_of):
+    """Each rank saves its own share of the optimizer; one process alone could not go on, and says so."""
+    options = {**SMALL, "iterations": 1, "prompts_per_iteration": 128, "epochs": 6, "save_every": 3, "print_every": 1}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                os.path.join(ROOT, "sppo.py")]
+
+    def launch(out, *more):
+        return subprocess.Popen([*torchrun, *argv(model=base, out=out, **options), *more], stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    whole = launch("whole")
+    assert "seconds: " in whole.communicate(timeout=200)[0] and whole.returncode == 0
+    dies = launch("killed")
+    for line in dies.stdout:
+        if "step 40/" in line:
+            break
+    os.killpg(dies.pid, signal.SIGKILL)
+    dies.wait()
+    for pid in ranks_of("killed"):          # torchrun starts its workers in sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    assert len([name for name in os.listdir("killed/state") if name.startswith("shard-")]) >= 2
+    assert "by 2 processes; start as many" in complaint_of([*argv(model=base, out="killed", **options), "--resume"])
+    resumed = launch("killed", "--resume")
+    assert "seconds: " in resumed.communicate(timeout=200)[0] and resumed.returncode == 0
+    got, want = contents("killed"), contents("whole")
+    assert set(got) == set(want) and [name for name in want if got[name] != want[name]] == []
+
+
+def ranks_of(out):
+    """Processes whose command line has --out `out`."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{pid}/cmdline").read().split("\0")
+        except OSError:
+            continue
+        if any(pair == ("--out", out) for pair in zip(words, words[1:])):
+            found.append(int(pid))
+    return found
+
+
+@pytest.fixture
+def complaint_of():
+    """complaint_of(argv) -> the sentence with which sppo.main refuses."""
+    def call(flags):
+        with pytest.raises(UserError) as error:
+            sppo.main(flags)
+        return str(error.value)
+    return call
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the real path
 
