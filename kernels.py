@@ -156,7 +156,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         logprob = torch.empty(len(target), device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if need_h else None
-        d_weight = torch.zeros(weight.shape, device=weight.device) if need_w else None  # a sum over tiles: float32
+        new = torch.empty if len(target) else torch.zeros
+        d_weight = new(weight.shape, device=weight.device) if need_w else None          # a sum over tiles: float32
         for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
             logits = soft_cap((hidden[t] @ weight.T).float(), softcap)                  # [t, V]
             slope = None if softcap is None else 1 - (logits / softcap) ** 2            # d capped / d logit
@@ -173,16 +174,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 d_hidden[t] = p @ weight
             if need_w:
                 _add_product(d_weight, p.T, hidden[t], fresh=t.start == 0)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtype = weight.dtype
+        ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
         ctx.mark_non_differentiable(logprob)
         return (coef * logprob).sum(), logprob
 
     @staticmethod
     def backward(ctx, grad, _):                                                         # grad [] of the loss
-        d_hidden, d_weight = ctx.saved_tensors
-        return (None if d_hidden is None else d_hidden * grad,
-                None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None, None)
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None                                        # scaled in place: no second copy of the weight's
+        return (None if d_hidden is None else d_hidden.mul_(grad),
+                None if d_weight is None else d_weight.mul_(grad).to(ctx.dtype), None, None, None)
 
 
 def sum_rows(values, row, rows):
@@ -390,14 +391,26 @@ def _check(device):
     exact = [x.to(device, torch.float64).requires_grad_() for x in draw]
     want = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
     (want * coefficient).sum().backward()
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        mine = [x.to(device, dtype, copy=True).requires_grad_() for x in draw]
-        got = linear_logprob(*mine, target)
+
+    def plain(hidden, weight):
+        got = linear_logprob(hidden, weight, target)
         (got * coefficient).sum().backward()
+        return got
+
+    def one_pass(hidden, weight):
+        loss, got = linear_policy_loss(hidden, weight, target, coefficient)
+        loss.backward()
+        return got
+
+    for dtype, bound, function, name in ((d, b, f, n) for d, b in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2))
+                                         for f, n in ((plain, "linear_logprob"), (one_pass, "linear_policy_loss"))):
+        mine = [x.to(device, dtype, copy=True).requires_grad_() for x in draw]
+        got = function(*mine)
         errors = [float((a.detach().double() - b.detach()).norm() / b.detach().norm())
                   for a, b in ((got, want), (mine[0].grad, exact[0].grad), (mine[1].grad, exact[1].grad))]
         ok = all(e < bound for e in errors)              # a NaN fails this comparison
-        print(f"{'ok' if ok else 'WRONG'}  {str(dtype)[6:]:9s} relative error against float64: value {errors[0]:.1e}, "
+        print(f"{'ok' if ok else 'WRONG'}  {name:18s} {str(dtype)[6:]:9s} relative error against float64: value "
+              f"{errors[0]:.1e}, "
               f"d hidden {errors[1]:.1e}, d weight {errors[2]:.1e} (bound {bound:.0e})")
         if not ok:
             sys.exit(1)
@@ -409,7 +422,7 @@ def _time(T, H, V, dtype, device):
     hidden = torch.randn(T, H, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, H, device=device) * H**-0.5).to(dtype).requires_grad_()
     target = torch.randint(V, (T,), device=device)
-    grad_logits = torch.randn(T, V, device=device).to(dtype)
+    grad_logits, coef = torch.randn(T, V, device=device).to(dtype), torch.randn(T, device=device)
 
     def both(function):
         def call():
@@ -443,6 +456,8 @@ def _time(T, H, V, dtype, device):
           f"d weight alone is {weight.numel() * weight.element_size() / 2**20:.0f} MB; median of 3 interleaved rounds")
     for title, floor, wrap in (("forward + backward", three_products, both), ("forward only", one_product, one_way)):
         calls = {"bare matrix products": floor} | {name: wrap(function) for name, function in peers}
+        if wrap is both:
+            calls["linear_policy_loss"] = both(lambda h, w, t: linear_policy_loss(h, w, t, coef)[0])
         peaks, rounds = {}, {name: [] for name in calls}
         for name, call in calls.items():
             hidden.grad = weight.grad = None
