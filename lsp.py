@@ -106,6 +106,11 @@ class Settings:
 
 def settle(s):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
+    if s.mode != "lsp" and s.self_reward is not None:
+        raise run.UserError(f"--self-reward does nothing in --mode {s.mode}, which has none; leave it out")
+    if s.mode == "grpo" and (s.alpha_ch, s.max_query_tokens, s.challenger_reward) != (None, None, "value"):
+        raise run.UserError("--alpha-ch, --max-query-tokens and --challenger-reward do nothing in --mode grpo, which "
+                            "has no Challenger; leave them out")
     s = dataclasses.replace(s, **{k: v for k, v in WORLD.items() if getattr(s, k) is None})
     for name in ("steps", "lr", "max_query_tokens", "max_new_tokens", "micro_batch", "max_rows", "test_prompts",
                  "eval_every", "print_every", "reward_scale", "temperature"):

@@ -64,6 +64,9 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
     kind, _, path = spec.partition(":")
     if estimator not in ESTIMATORS:
         raise UserError(f"--estimator {estimator} is not known; choose one of {', '.join(ESTIMATORS)}")
+    if estimator != "pairwise" and kind != "pairrm":
+        raise UserError(f"--estimator {estimator} is for PairRM's logits, and {spec} has none; give --estimator "
+                        "pairwise")
     if spec in WORLD_JUDGES:
         return WORLD_JUDGES[spec]()
     if kind == "pairrm" and path:

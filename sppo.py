@@ -288,8 +288,6 @@ def _check_what_fits_together(s):
     if on_world(s) and s.judge in OWN_JUDGE.values() and s.judge != OWN_JUDGE[s.world]:
         raise run.UserError(f"--judge {s.judge} does not know --world {s.world}; give {OWN_JUDGE[s.world]} or leave it "
                             "out")
-    if s.judge in OWN_JUDGE.values() and s.estimator != "pairwise":
-        raise run.UserError(f"--estimator aggregate is for judges with logits; {s.judge} has none, leave the flag out")
     if "prompts" in needs(s) and not on_world(s) and not s.prompts:
         raise run.UserError("--keep best chooses on held-out prompts: give --prompts, or --keep last")
     if "model" in needs(s) and not on_world(s) and not s.model:
@@ -364,17 +362,19 @@ def without_long_prompts(prompts, chat, s, rank):
 
 
 def check_stage(s):
-    """Raises UserError where --stage finds nothing to work on, or its result already there."""
+    """The table's rows that --stage judge or train works on, else None. Raises UserError where a stage finds nothing to
+    work on, or its result already there."""
     table, before = os.path.join(s.out, f"table-{s.iteration}.jsonl"), os.path.join(s.out, f"iter-{s.iteration - 1}")
     if s.stage == "sample" and os.path.exists(table):
         raise run.UserError(f"--stage sample: {table} is already there; remove it to sample again")
     if s.stage in ("judge", "train") and not s.table and not os.path.exists(table):
         raise run.UserError(f"--stage {s.stage}: {table} is not there; run --stage sample first, or give --table FILE")
-    if s.stage in ("judge", "train"):
-        prefmodel.read_table(s.table or table, s.stage == "train", s.all_responses)
     if s.stage in ("sample", "train") and s.iteration > 1 and not os.path.exists(before):
         raise run.UserError(f"--iteration {s.iteration} starts from {before}, which is not there; run --stage train of "
                             "the iteration before it")
+    if s.stage in ("judge", "train"):
+        return prefmodel.read_table(s.table or table, s.stage == "train", s.all_responses)
+    return None
 
 
 def starting_state(r, s):
@@ -449,7 +449,7 @@ def training_examples(rows, chat, s, rank=0):
 
     Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
     """
-    if s.drop_long_prompts:
+    if s.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
         fit = set(without_long_prompts([row["prompt"] for row in rows], chat, s, rank))
         rows = [row for row in rows if row["prompt"] in fit]
     examples, cut = [], []
@@ -611,7 +611,7 @@ def main(argv):
     resume = s.resume or (bool(s.stage) and os.path.exists(os.path.join(s.out, "state", "state.pt")))
     if rank == 0:
         run.check_out(s.out, s, resume, s.overwrite)
-        check_stage(s)
+    given = check_stage(s)
     sources = read_sources(s) if "prompts" in needs(s) and not on_world(s) else None
     judge = prefmodel.load(s.judge, s.estimator, device, dtype) if "judge" in needs(s) else None
     base_path = net = chat = None
@@ -628,11 +628,10 @@ def main(argv):
         for prompts in (validation, test, *parts):      # refuse an over-long prompt now, not after an hour
             encode(chat, prompts, s)
     if s.stage == "train":                              # a table from elsewhere may hold anything
-        rows = prefmodel.read_table(s.table or os.path.join(s.out, f"table-{s.iteration}.jsonl"), True, s.all_responses)
-        if not {row["prompt"] for row in rows}.isdisjoint(validation):
+        if not {row["prompt"] for row in given}.isdisjoint(validation):
             raise run.UserError(f"--table {s.table} holds prompts that --prompts or --world sets aside for validation; "
                                 "leave them out, or give --keep last")
-        training_examples(rows, chat, s, rank=-1)
+        training_examples(given, chat, s, rank=-1)
     r = run.Run(s.out, s, resume, s.overwrite, rank)
     r.say(f"{s.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): "
           + (f"stage {s.stage} of iteration {s.iteration}; " if s.stage else
@@ -667,8 +666,8 @@ def main(argv):
 
         # -- sample, judge --------------------------------------------------------------------------------------------
         table_path = r.path(f"table-{t}.jsonl")
-        if s.table or os.path.exists(table_path):
-            rows = prefmodel.read_table(s.table or table_path, s.stage == "train", s.all_responses)
+        if given or os.path.exists(table_path):
+            rows = given or prefmodel.read_table(table_path)
         else:
             rows = sample(net, chat, parts[t - 1], s, t, shard, r)
             if rank == 0:

@@ -82,6 +82,27 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+class Killed(Exception):
+    """What a call raises that `dies_in` has told to."""
+
+
+@pytest.fixture
+def dies_in(monkeypatch):
+    """dies_in(module, name, number): the number-th call of module.name raises Killed. Returns the list of calls."""
+    def arm(module, name, number):
+        real, calls = getattr(module, name), []
+
+        def dies(*args):
+            calls.append(1)
+            if len(calls) == number:
+                raise Killed
+            return real(*args)
+
+        monkeypatch.setattr(module, name, dies)
+        return calls
+    return arm
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The embedded world's base, smaller and trained for two seconds: it answers in letters and ends its turn."""

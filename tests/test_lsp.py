@@ -12,12 +12,13 @@ import kernels
 import lsp
 import model
 import world
+from conftest import Killed
 from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 SMALL = dict(steps=4, queries=6, answers=3, test_prompts=20, eval_every=2, print_every=1, micro_batch=4,
-             max_query_tokens=12, max_new_tokens=8, max_rows=64, device="cpu")
+             max_new_tokens=8, max_rows=64, device="cpu")
 
 
 def argv(**settings):
@@ -151,7 +152,8 @@ def test_loss_and_gradient_by_hand(mode, normalise, micro_batch, base):
     with torch.no_grad():
         for p in ref.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    s = settle(**{**SMALL, "micro_batch": micro_batch}, mode=mode, normalise=normalise, alpha_ch=0.7, beta=0.5)
+    s = settle(**SMALL | {"micro_batch": micro_batch}, mode=mode, normalise=normalise, beta=0.5,
+               **({"alpha_ch": 0.7} if mode == "lsp" else {}))
     data = world.queries("train", 6) if mode == "grpo" else None
     game = lsp.play(net, chat, s, 0, data)
     generator = torch.Generator().manual_seed(3)
@@ -172,7 +174,7 @@ def test_loss_and_gradient_by_hand(mode, normalise, micro_batch, base):
 
     loss = sum(term(game.prompts[i], game.answer_ids[i][j], A_sol[i, j], 8) for i in range(6) for j in range(3)) / 18
     if challenge:
-        loss = loss + s.alpha_ch * sum(term(challenge, game.query_ids[i], A_ch[i], 12) for i in range(6)) / 6
+        loss = loss + s.alpha_ch * sum(term(challenge, game.query_ids[i], A_ch[i], 24) for i in range(6)) / 6
     loss.backward()
     for got, p in zip(keep.grads, net.parameters()):
         torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()))
@@ -262,19 +264,11 @@ def test_grpo_never_sees_a_held_out_query(base, monkeypatch):
     assert len(set(seen)) == 24 and {world.split(q) for q in seen} == {"train"}
 
 
-def test_a_killed_run_resumes_bit_for_bit(base, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(base, dies_in):
     """It dies in the fourth step, two after the last saved state."""
     lsp.main(argv(model=base, out="whole", **SMALL))
-    step, calls = lsp.gradient_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(lsp, "gradient_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    dies_in(lsp, "gradient_step", 4)
+    with pytest.raises(Killed):
         lsp.main(argv(model=base, out="killed", **SMALL))
     lsp.main(argv(model=base, out="killed", resume=True, **SMALL))
     for name in ("metrics.jsonl", "samples.jsonl", "step-4/model.safetensors"):
@@ -293,7 +287,8 @@ def test_lsp_after_grpo(base):
 @pytest.mark.parametrize("settings, says", [
     (dict(queries=1), "--queries 1"), (dict(answers=1), "--answers 1"), (dict(alpha_ch=-1.0), "--alpha-ch -1"),
     (dict(beta=float("nan")), "--beta nan"), (dict(steps=0), "--steps 0"), (dict(lr=0.0), "--lr 0"),
-    (dict(model="m", init="r"), "--model and --init")])
+    (dict(model="m", init="r"), "--model and --init"), (dict(mode="lsp-zero", self_reward="expected"), "--self-reward"),
+    (dict(mode="grpo", challenger_reward="spread"), "no Challenger"), (dict(mode="grpo", alpha_ch=0.1), "--alpha-ch")])
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(UserError, match=says):
         settle(**settings)

@@ -22,7 +22,7 @@ import rollout
 import run
 import sppo
 import world
-from conftest import PROMPTS, ROOT
+from conftest import PROMPTS, ROOT, Killed
 from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -868,26 +868,14 @@ def test_a_table_judged_elsewhere_gives_the_bytes_of_one_command(prose):
     assert same_files("bare", "one", "iter-1/model.safetensors")
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_stage_killed_in_training_resumes_bit_for_bit(base, monkeypatch):
+def test_a_stage_killed_in_training_resumes_bit_for_bit(base, dies_in):
     """It dies in the fifth step of six, one after a saved state."""
     flags = argv(model=base, **{**ONE, "epochs": 2, "keep": "last"})
     for out in ("whole", "killed"):
         for stage in ("sample", "judge"):
             sppo.main([*flags, "--out", out, "--stage", stage])
     sppo.main([*flags, "--out", "whole", "--stage", "train"])
-    step, calls = sppo.gradient_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Killed
-        return step(*args)
-
-    monkeypatch.setattr(sppo, "gradient_step", dies)
+    calls = dies_in(sppo, "gradient_step", 5)
     with pytest.raises(Killed):
         sppo.main([*flags, "--out", "killed", "--stage", "train"])
     assert not os.path.exists("killed/iter-1")
@@ -1035,21 +1023,13 @@ def test_the_worlds_own_table_can_be_trained_elsewhere(base, whole):
     assert same_files("out", whole, "iter-1/model.safetensors")
 
 
-def test_another_table_in_the_middle_of_training_is_refused(base, monkeypatch):
+def test_another_table_in_the_middle_of_training_is_refused(base, dies_in):
     """Its reference log-probs would be another table's: the first log-ratios would not be 0."""
     for seed in (0, 1):
         for stage in ("sample", "judge"):
             sppo.main(argv(model=base, out=f"seed-{seed}", stage=stage, seed=seed, **ONE))
     flags = argv(model=base, world="operations", out="out", stage="train", **{**ONE, "epochs": 2, "keep": "last"})
-    step, calls = sppo.gradient_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Killed
-        return step(*args)
-
-    monkeypatch.setattr(sppo, "gradient_step", dies)
+    dies_in(sppo, "gradient_step", 5)
     with pytest.raises(Killed):
         sppo.main([*flags, "--table", "seed-0/table-1.jsonl"])
     with pytest.raises(UserError, match="another table"):
