@@ -2,7 +2,7 @@
 
 A judge looks at one prompt and K responses to it and says which it likes. Four stand here:
 
-  oracle        the embedded world's exact scorer (world.score): a reward in [0, 1]
+  oracle:WORLD  an embedded world's exact scorer (World.score): a reward in [0, 1]; `oracle` is that of operations
   styles        the intransitive world's: a preference over three styles that no reward could express
   pairrm:PATH   PairRM, a DeBERTa that reads the prompt and TWO responses at once and gives one logit for the pair
   reward:PATH   a reward model: a classifier with one label that reads the prompt and ONE response, and gives a number
@@ -43,20 +43,17 @@ import os
 import pickle
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config, DebertaV2Model,
-                          PreTrainedTokenizerFast)
-from transformers.utils import logging
 
 import world
+from chat import TEMPLATE_DATE
 from model import fetch
 from run import UserError, progress, write_atomically
 
 
 def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
-    """The judge that --judge names: "oracle", "styles", "pairrm:PATH" or "reward:PATH", PATH = directory or hub id.
+    """The judge that --judge names: "oracle", "oracle:WORLD", "styles", "pairrm:PATH" or "reward:PATH", where PATH is
+    a directory or a hub id.
 
     `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the other judges need none.
     Raises UserError for an unknown judge or estimator, and for a checkpoint that cannot be used.
@@ -67,14 +64,21 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
     if estimator != "pairwise" and kind != "pairrm":
         raise UserError(f"--estimator {estimator} is for PairRM's logits, and {spec} has none; give --estimator "
                         "pairwise")
-    if spec in WORLD_JUDGES:
-        return WORLD_JUDGES[spec]()
+    if kind in WORLD_JUDGES and (not path or path in world.WORLDS):
+        return WORLD_JUDGES[kind](world.WORLDS[path or "operations"])
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
     if kind == "reward" and path:
         return RewardModel(path, device, dtype)
     raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)}, pairrm:PATH or reward:PATH, PATH "
                     "being a directory or a hub id such as llm-blender/PairRM")
+
+
+def world_of(spec):
+    """The embedded world whose own judge `spec` is, or None: such a judge reads nothing but that world's language."""
+    if spec == "oracle:operations":
+        spec = "oracle"
+    return next((entry for entry in world.WORLDS.values() if entry.judge == spec), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,10 +133,6 @@ def phat(P):
 ESTIMATORS = {"pairwise": pairwise_preference, "aggregate": aggregate_preference}
 
 
-# Llama 3's later templates write the current date unless they are told one: a prompt, and with it a resumed run, would
-# change at midnight. This is the date that they fall back to themselves; templates without one ignore it.
-TEMPLATE_DATE = {"date_string": "26 Jul 2024"}
-
 
 def _rectangle(prompts, responses):
     """(B, K) of a question to a judge; ValueError where the lists do not fit together."""
@@ -148,15 +148,18 @@ def _rectangle(prompts, responses):
 
 
 class OracleJudge:
-    """Exact marks from world.score, softened into preferences by P = sigmoid(6 (R - R'))."""
+    """Exact marks from a world's `score`, softened into preferences by P = sigmoid(6 (R - R'))."""
 
     name = "oracle"
     scale = 6.0  # right against wrong (1 against at most .5) is won with .95 or more, against nothing right with .998
 
+    def __init__(self, world):
+        self.world = world
+
     def reward(self, prompts, responses):
         """Marks in [0, 1]: B queries, B lists of K answers -> [B, K] float32."""
         B, K = _rectangle(prompts, responses)
-        marks = [[world.score(query, answer) for answer in row] for query, row in zip(prompts, responses)]
+        marks = [[self.world.score(query, answer) for answer in row] for query, row in zip(prompts, responses)]
         return torch.tensor(marks, dtype=torch.float32).reshape(B, K)
 
     def preference(self, prompts, responses):
@@ -171,6 +174,9 @@ class StylesJudge:
     no style loses to every one that does. No reward can say this: the Nash equilibrium mixes (1/3, 2/9, 4/9).
     """
     name = "styles"
+
+    def __init__(self, world):
+        pass                                                    # styles mean the same whatever the letters are
 
     def preference(self, prompts, responses):
         """B queries, B lists of K answers -> P [B, K, K] float32."""
@@ -424,6 +430,8 @@ def batches_by_length(lengths, budget):
 
 def _network(config, n_tasks):
     """Encoder and head with random weights; the names and the head's indices are the checkpoints' keys."""
+    from transformers import DebertaV2Model     # here and below: `--help` must not wait for transformers
+
     H = config.hidden_size
     head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2 * H, H), torch.nn.Tanh(),
                                torch.nn.Dropout(), torch.nn.Linear(H, n_tasks))  # dropout: for training only
@@ -441,6 +449,8 @@ def _open(path):
                             config, and the tokenizer if there is none beside the weights, come from `model_name`
     llm-blender/PairRM-hf   config.json is a DeBERTa config with the markers' ids; everything in one place
     """
+    from transformers import DebertaV2Config
+
     directory = backbone = fetch(path, SMALL_FILES)
     settings = described = _read_json(directory)
     if settings.get("ranker_type") == "pairranker" and settings.get("model_name"):
@@ -482,6 +492,9 @@ def _read_json(directory):
 
 def _read_weights(file):
     """{key: tensor}, never running code from the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         if file.endswith(".safetensors"):
             return load_file(file)
@@ -518,6 +531,8 @@ def _tokenizer(directory):
     Not AutoTokenizer first: for the class name that DeBERTa's tokenizer_config.json carries, transformers 5 keeps the
     vocabulary but replaces the stored normaliser, and the same text gets other ids than those PairRM was trained on.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         stored = os.path.exists(os.path.join(directory, "tokenizer.json"))
         return (PreTrainedTokenizerFast if stored else AutoTokenizer).from_pretrained(directory)
@@ -643,6 +658,9 @@ class RewardModel:
 
 def _open_reward(path, dtype):
     """(sequence classifier, tokenizer, whether it is a DeBERTa), checked; no code from the checkpoint runs."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
     directory = fetch(path)
     named = _read_json(directory).get("architectures")
     if not isinstance(named, list) or not any(str(name).endswith("ForSequenceClassification") for name in named):

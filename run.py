@@ -25,6 +25,7 @@ import datetime
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -50,9 +51,41 @@ class UserError(Exception):
 # flags
 
 
-def flag(default, help, choices=None):
-    """One setting of a script's dataclass: its default, and the help text (symbol, unit, source) that --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, at_least=None, above=None, at_most=None, needed=False):
+    """One setting of a script's dataclass: its default, the help text (symbol, unit, source) that --help prints, and
+    what it may be.
+
+    choices: the allowed values. at_least, above, at_most: bounds of a number, which must be finite too. needed: the
+    command cannot do without it, and its default ("") stands for "not given". `check` looks at all of these.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "needed": needed, **bounds})
+
+
+def check(settings):
+    """Compare every flag with the bounds that `flag` declared. None means "not given" and passes.
+    Raises UserError, naming the flag, its value and what it may be.
+
+    >>> @dataclasses.dataclass
+    ... class Settings:
+    ...     top_p: float = flag(1.0, "nucleus", above=0, at_most=1)
+    >>> check(Settings(top_p=1.5))
+    Traceback (most recent call last):
+    run.UserError: --top-p 1.5 must be above 0 and at most 1
+    """
+    for field in dataclasses.fields(settings):
+        value, limits, name = getattr(settings, field.name), field.metadata, "--" + field.name.replace("_", "-")
+        if limits.get("needed") and not value:
+            raise UserError(f"{name} is needed and was not given; --help says what it is")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        bounds = {"at least": limits.get("at_least"), "above": limits.get("above"), "at most": limits.get("at_most")}
+        kept = {"at least": lambda b: value >= b, "above": lambda b: value > b, "at most": lambda b: value <= b}
+        bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+        if not math.isfinite(value):
+            raise UserError(f"{name} {value} must be a finite number")
+        if not all(kept[word](bound) for word, bound in bounds.items()):
+            raise UserError(f"{name} {value} must be " + " and ".join(f"{w} {b:g}" for w, b in bounds.items()))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +99,7 @@ def parse(settings_class, argv, description, presets=None):
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
     the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
-    value}}; a flag that is given beside it wins.
+    value}}; a flag that is given beside it wins. Raises UserError for a value outside its flag's bounds.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog="\n".join(f"--preset {name} is\n{_as_flags(v)}" for name, v in (presets or {}).items()))
@@ -88,7 +121,9 @@ def parse(settings_class, argv, description, presets=None):
     if presets and chosen["preset"]:
         parser.set_defaults(**presets[chosen["preset"]])
         chosen = vars(parser.parse_args(argv))
-    return settings_class(**chosen)
+    settings = settings_class(**chosen)
+    check(settings)
+    return settings
 
 
 def _as_flags(values):

@@ -1,0 +1,1 @@
+"""Benchmarks, one file per format: the files that each of them reads and writes, and its figures."""

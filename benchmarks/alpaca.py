@@ -1,0 +1,196 @@
+"""TODO"""
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import torch
+
+import run
+
+
+def read_table(flag, path, columns):
+    """{name: array [n]} of the named columns of a .csv file with a header. columns: {name: str or float}. Raises
+    UserError for a missing column, no rows, or a cell that is no number."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("it is empty")
+        return {name: np.array([kind(row[name]) for row in rows]) for name, kind in columns.items()}
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise run.UserError(f"{flag} {path} cannot be used ({getattr(error, 'strerror', None) or error}); "
+                            f"give the .csv table with the columns {', '.join(columns)}") from None
+
+
+def read_annotations(path):
+    """One model's AlpacaEval annotations: dicts with `preference` in [1, 2], or None where the judge gave no verdict.
+    Raises UserError for several models, baselines or judges, an instruction that comes twice, or no verdict at all."""
+    names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
+    rows = read_rows("--annotations", path, dict.fromkeys(names, str) | {"preference": (int, float, type(None))})
+    for name in ("generator_1", "generator_2", "annotator"):
+        values = sorted({row[name] for _, row in rows})
+        if len(values) > 1:
+            raise run.UserError(f"--annotations {path} mixes {values[0]} and {values[1]} in `{name}`; "
+                                "give the annotations of one model against one baseline by one annotator")
+    seen = set()
+    for where, row in rows:
+        value = row["preference"]
+        if value is None or math.isnan(value):
+            row["preference"] = None
+        elif value == 0:                                # how old files write a tie
+            row["preference"] = 1.5
+        elif not 1 <= value <= 2:
+            raise run.UserError(f"--annotations {path}, {where}: preference {value} is not in [1, 2]; 1 prefers "
+                                "output_1, 2 prefers output_2, 1.5 is a tie, null is no verdict")
+        if row["instruction"] in seen:
+            raise run.UserError(f"--annotations {path}, {where}: its instruction has come before; keep one row of each")
+        seen.add(row["instruction"])
+    if all(row["preference"] is None for _, row in rows):
+        raise run.UserError(f"--annotations {path} holds no verdict, every preference is null; judge it again")
+    return [row for _, row in rows]
+
+
+def length_tables(s, texts, baseline):
+    """What length control needs besides the annotations, from the files in AlpacaSettings `s`: (difficulty [n] of the
+    instructions `texts`, the gamed rows as `length_controlled` takes them, a word on it). Without files, zeros and no
+    rows, which leaves the difficulty term out of the fit.
+
+    The difficulty table holds no instructions, only their places: with a part of the benchmark, or another order, rows
+    would be given the wrong difficulty in silence. Raises UserError where that, or a table of other data, can be seen.
+    """
+    if bool(s.gamed) != bool(s.difficulty):
+        raise run.UserError("--gamed and --difficulty belong together; give both tables or neither")
+    if not s.gamed:
+        return (np.zeros(len(texts)), (np.zeros(0),) * 3,
+                "without --gamed and --difficulty: no difficulty term, no leaderboard figure")
+    difficulty = read_table("--difficulty", s.difficulty, {"instruction_difficulty": float})["instruction_difficulty"]
+    names, place, d, y, t = read_table("--gamed", s.gamed, {
+        "model": str, "index": float, "instruction_difficulty": float, "preference": float, "std_delta_len": float,
+    }).values()
+    if not np.char.startswith(names, baseline).all():
+        raise run.UserError(f"--gamed {s.gamed} is about {names[0]}, but the baseline in --annotations is {baseline}; "
+                            "give the tables of that baseline, or leave --gamed and --difficulty out")
+    known = dict(enumerate(difficulty))
+    if not (np.allclose([known.get(i, math.nan) for i in place], d) and (abs(y - 0.5) <= 0.5).all()
+            and np.isfinite(t).all() and np.isfinite(difficulty).all()):
+        raise run.UserError(f"--gamed {s.gamed} and --difficulty {s.difficulty} do not fit together or are damaged; "
+                            "download both again, from one release")
+    order = texts if not s.instructions else [
+        row["instruction"] for _, row in read_rows("--instructions", s.instructions, {"instruction": str})]
+    of = dict(zip(order, difficulty))
+    if len(order) != len(difficulty) or not of.keys() >= set(texts):
+        raise run.UserError(f"--annotations ({len(texts)} rows) does not match --difficulty ({len(difficulty)} rows); "
+                            "give --instructions with all the benchmark's instructions in order, or, for prompts of "
+                            "another set, leave --gamed and --difficulty out")
+    return (np.array([of[text] for text in texts]), (np.tanh(t), d, y),
+            f"difficulties matched by {'instruction' if s.instructions else 'position'}")
+
+
+def logistic_regression(X, y, weight, ridge=1e-4):
+    """argmin over w of sum_i weight_i CE(y_i, sigmoid(X_i w)) + ridge |w|^2 / 2, by Newton's method: [d].
+
+    X [n, d], weight [n], y [n] in [0, 1]: the cross-entropy takes soft targets as they are. The ridge only keeps w
+    finite for a model that wins, or loses, every row; it moves other win rates by 1e-4 points.
+    """
+    w = np.zeros(X.shape[1])
+    for _ in range(100):        # about 7 steps from 0; 20 where the ridge alone holds w
+        p = 1 / (1 + np.exp(-X @ w))
+        gradient, hessian = X.T @ (weight * (p - y)) + ridge * w, (X.T * (weight * p * (1 - p))) @ X
+        step = np.linalg.solve(hessian + ridge * np.eye(len(w)), gradient)
+        w = w - step
+        if np.abs(step).max() < 1e-10:
+            break
+    return w
+
+
+def length_controlled(y, shorter, difficulty, gamed):
+    """The judge's preference, had the answers been as long as the baseline's: [n] probabilities, whose mean is the
+    length-controlled win rate (Dubois et al. 2024, arXiv 2404.04475; `length_controlled_v1`).
+
+    y [n] in [0, 1]: the judge's preference for the model; shorter [n]: the baseline's characters less the model's;
+    difficulty [n]; gamed: (t [m], difficulty [m], y [m]). The judge is described by three terms,
+
+        P(model preferred) = sigmoid(a t + c difficulty + b),        t = tanh(shorter / its standard deviation),
+
+    and answers at t = 0. tanh, because a taste for length saturates; t is not centred, because 0 must mean equal
+    lengths; c, because hard instructions are won by other models than easy ones. The gamed rows are the baseline told
+    to be verbose, or concise, against itself: they differ in length alone, have no b, and so keep the fit from taking a
+    model's length for its quality. There are two such sets, at weight 0.1: together a fifth of a model.
+
+    The published package adds an L1 penalty whose strength five-fold cross-validation picks. Three coefficients on 2415
+    rows hardly need one, the strength picked is weak, and leaving it out moves published values by at most 0.12 points:
+    this is maximum likelihood. Where all difficulties are 0 and there are no gamed rows, the n values are the same.
+    """
+    spread = shorter.std(ddof=1) if len(y) > 1 else math.inf
+    t, ones = np.tanh(shorter / (spread or 1)), np.ones(len(y))
+    gamed_t, gamed_difficulty, gamed_y = gamed
+    X = np.concatenate([np.stack([t, difficulty, ones], 1), np.stack([gamed_t, gamed_difficulty, 0 * gamed_t], 1)])
+    a, c, b = logistic_regression(X, np.append(y, gamed_y), np.append(ones, 0.1 + 0 * gamed_t))
+    return 1 / (1 + np.exp(-c * difficulty - b))
+
+
+def win_rates(y):
+    """AlpacaEval's figures of y [n], the judge's preference for the model in [0, 1]; rates in percent. The discrete win
+    rate rounds every preference first; a tie is one half in both. standard_error is None for a single row."""
+    wins, losses = int((y > 0.5).sum()), int((y < 0.5).sum())
+    rate, error = mean_and_error(torch.from_numpy(100 * y))
+    return {"win_rate": rate, "standard_error": None if math.isnan(error) else error,
+            "discrete_win_rate": 50 + 50 * (wins - losses) / len(y),
+            "n_wins": wins, "n_wins_base": losses, "n_draws": len(y) - wins - losses, "n_total": len(y)}
+
+
+@dataclasses.dataclass
+class AlpacaSettings:
+    """Flags of `python eval.py alpaca`."""
+    annotations: str = run.flag("", "one model's annotations by one judge, .json or .jsonl, gzipped or not (needed)")
+    gamed: str = run.flag("", "AlpacaEval's df_gamed.csv (hub data set tatsu-lab/alpaca_eval), for length control")
+    difficulty: str = run.flag("", "AlpacaEval's instruction_difficulty.csv, from the same place")
+    instructions: str = run.flag("", "all the benchmark's instructions in the tables' order (any complete annotations),"
+                                     " for --annotations that are a part of them or in another order")
+    json: bool = run.flag(False, "print the figures as one JSON object")
+
+
+def alpaca(argv):
+    """The sub-command `alpaca`: AlpacaEval 2.0's figures, as its leaderboard has them, from one model's annotations."""
+    s = run.parse(AlpacaSettings, argv, "AlpacaEval 2.0: win rate, length-controlled win rate, win rate by subset")
+    if not s.annotations:
+        raise run.UserError("--annotations is needed; give one model's annotations.json")
+    if s.instructions and not s.difficulty:
+        raise run.UserError("--instructions orders the rows of --difficulty; give --gamed and --difficulty too")
+    rows = read_annotations(s.annotations)
+    name, baseline, judge = (rows[0][key] for key in ("generator_2", "generator_1", "annotator"))
+    difficulty, gamed, how = length_tables(s, [row["instruction"] for row in rows], baseline)
+    keep = [i for i, row in enumerate(rows) if row["preference"] is not None]
+    kept, dropped = [rows[i] for i in keep], len(rows) - len(keep)
+    y = np.array([row["preference"] - 1.0 for row in kept])
+    shorter = np.array([float(len(row["output_1"]) - len(row["output_2"])) for row in kept])
+    same = name == baseline and (y == 0.5).all()        # a name alone may be two players'
+    if same:
+        controlled, how = np.full(len(y), 0.5), "by definition: the model is the baseline"
+    else:
+        controlled = length_controlled(y, shorter, difficulty[keep], gamed)
+    lc = win_rates(controlled)
+    if not s.difficulty and not same:           # the published error is the spread over instructions, without the
+        lc["standard_error"] = None             # coefficients' uncertainty; here there is no spread to report
+    subsets = {}
+    for row, value in zip(kept, y):
+        subsets.setdefault(str(row.get("dataset", "all")), []).append(value)
+    figures = {"model": name, "baseline": baseline, "annotator": judge, **win_rates(y), "n_dropped": dropped,
+               "avg_length": sum(len(row["output_2"]) for row in kept) // len(kept),
+               "length_controlled_winrate": lc["win_rate"], "lc_standard_error": lc["standard_error"],
+               "length_control": how, "subsets": {k: win_rates(np.array(v)) for k, v in sorted(subsets.items())}}
+    lines = [f"{name} against {baseline}, judge {judge}: {len(y)} rows, {dropped} without a verdict dropped, "
+             f"{figures['avg_length']} characters on average",
+             f"{'length-controlled win rate':28s}{_rate(lc)}   {how}"]
+    for what, f in [("win rate", figures), *figures["subsets"].items()]:
+        lines.append(f"{what:28s}{_rate(f)}   discrete {f['discrete_win_rate']:6.2f}, {f['n_wins']} wins, "
+                     f"{f['n_wins_base']} losses, {f['n_draws']} ties")
+    print(json.dumps(figures) if s.json else "\n".join(lines))
+
+
+def _rate(f):
+    error = f" ±{f['standard_error']:5.2f}" if f["standard_error"] is not None else " " * 7
+    return f"{f['win_rate']:6.2f} %" + error

@@ -1,0 +1,112 @@
+"""TODO"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import sys
+
+import run
+import prefmodel
+
+
+# Flags that may differ between the calls that fill one --out: they change no reply, or name files whose contents count
+PASSING = ("preset", "prompts", "answers", "reference", "judge_prompt", "out", "json", "batch", "max_rows", "device",
+           "base_url", "workers", "timeout", "retries")
+
+
+class Replies:
+    """Replies to questions 0, 1, ..., on disk as they come: no question is put twice, however often one is interrupted.
+
+    OUT.partial.jsonl   one [number, reply] a line, in the order in which they came
+    OUT.settings.json   what they are made with, a hash of the questions too; and the report, when all is done
+    OUT                 written in one step when every question has its reply; never half-written
+
+    Raises UserError if `out` was made with other settings or is not known to be ours.
+    """
+
+    def __init__(self, out, settings, questions):
+        self.out, self.partial, self.beside = out, f"{out}.partial.jsonl", f"{out}.settings.json"
+        self.settings = {**{k: v for k, v in dataclasses.asdict(settings).items() if k not in PASSING},
+                         "questions": run.stream(questions)}
+        self.known, self.report = {}, None
+        folder = os.path.dirname(os.path.abspath(out))
+        while not os.path.exists(folder):           # it will be made, if the first one that is there lets
+            folder = os.path.dirname(folder)
+        if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            why = "is a directory" if os.path.isdir(out) else f"cannot be written ({folder} does not let)"
+            raise run.UserError(f"--out {out} {why}; name a file elsewhere")
+        if os.path.exists(self.beside):
+            file = run.read_json(self.beside)
+            self._compare(file.get("settings") or {})
+            self.report = file.get("report") if os.path.exists(out) else None
+        elif os.path.exists(out) or os.path.exists(self.partial):
+            raise run.UserError(f"--out {out} is there without {self.beside}, so nobody knows how it was made; "
+                                "remove it (and its .partial.jsonl) or give another --out")
+        if os.path.exists(self.partial):
+            self._read()
+
+    def _compare(self, before):
+        for name in sorted(before.keys() | self.settings.keys()):
+            if before.get(name) != self.settings.get(name):
+                what = ("other questions, answers or judge prompt" if name == "questions" else
+                        f"{name} = {before.get(name)}, now it is {self.settings.get(name)}")
+                raise run.UserError(f"--out {self.out} was made with {what}; go on with the same, or give another "
+                                    f"--out (or remove {self.beside} and what stands beside it)")
+
+    def _read(self):
+        try:
+            with open(self.partial, "rb+") as file:
+                data = file.read()
+                whole = data[:data.rfind(b"\n") + 1]    # a kill in the middle of a write leaves a line without end
+                self.known = dict(map(json.loads, whole.splitlines()))
+                file.truncate(len(whole))
+        except (OSError, ValueError, TypeError) as error:
+            raise run.UserError(f"{self.partial} cannot be read ({type(error).__name__}); "
+                                "remove it to begin again") from None
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise run.UserError(f"--out {self.out} cannot be written ({error.strerror}); give another") from None
+
+    def add(self, replies):
+        """Write down some [(number, reply)]."""
+        with self._writing():
+            if not os.path.exists(self.beside):
+                os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
+                run.write_json(self.beside, {"settings": self.settings})
+            with open(self.partial, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(reply) + "\n" for reply in replies))
+        self.known.update(replies)
+
+    def collect(self, count, ask, desc):
+        """All `count` replies in order; ask(numbers) yields lists of (number, reply) for those that are missing."""
+        missing = [n for n in range(count) if n not in self.known]
+        try:
+            with run.progress(desc=desc, total=count) as bar:
+                bar.update(count - len(missing))
+                for replies in ask(missing) if missing else ():
+                    self.add(replies)
+                    bar.update(len(replies))
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: the same command goes on from {self.partial}", file=sys.stderr)
+            sys.exit(130)
+        return [self.known[n] for n in range(count)]
+
+    def finish(self, rows, report, as_list):
+        """Write the benchmark's file, one JSON list or one object a line, and the report beside it."""
+        with self._writing():
+            (run.write_json if as_list else prefmodel.write_table)(self.out, rows)
+            run.write_json(self.beside, {"settings": self.settings, "report": report})
+            run.remove(self.partial)
+        self.report = report
+
+
+def _batches(numbers, size):
+    """Lists of at most `size` numbers, cut at fixed places: after an interruption the same questions share a batch, and
+    even the last bit of a sum, which depends on the batch, is the same."""
+    return [list(batch) for _, batch in itertools.groupby(numbers, key=lambda n: n // size)]

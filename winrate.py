@@ -1,0 +1,278 @@
+"""The measure: a model against the base it started from, head to head, with its standard error; and the table that
+every run ends with.
+
+    win_rate          one sample of the model against each of 4 samples of the base, both at temperature 1; the judge's
+                      verdict (1, 1/2, 0) averaged over the 4, then over prompts; its standard error over prompts
+    win_rate_greedy   the model's greedy answer against the base's
+    accuracy_*        share of exact answers, where an oracle knows them (the embedded world); null elsewhere
+
+Read win_rate with care. A model that has only become *sharper* (its likely answers likelier still) wins it without
+having learned anything: the untrained base, decoded greedily, does. That row therefore stands in every table, and
+learning is claimed from the greedy columns, which a lower temperature cannot move. (`python world.py` shows one more
+control: the answer most frequent among 32 samples of the base.)
+"""
+
+import dataclasses
+import math
+import os
+
+import torch
+
+import games
+import prefmodel
+import rollout
+import run
+import world
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How answers are drawn for an evaluation."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_rows: int = 256
+    max_total_tokens: int = 0       # of prompt and answer together; 0 = no such bound
+
+    def limit(self, prompt):
+        """How many tokens the answer to a prompt's ids may have."""
+        total = self.max_total_tokens or math.inf
+        return int(max(1, min(self.max_new_tokens, total - len(prompt))))
+
+
+def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0, 1)):
+    """n answers per prompt as text, with their mean length in tokens: (B lists of n strings, float).
+
+    Every prompt's random stream is tied to its place in the list.
+    shard = (rank, ranks): prompts are shared out and gathered.
+    """
+    rank, ranks = shard
+    mine = range(rank, len(ids), ranks)
+    n = 1 if greedy else n
+    samples = rollout.generate(net, [ids[b] for b in mine], n, [[sampling.limit(ids[b])] * n for b in mine],
+                               temperature=0 if greedy else sampling.temperature, top_p=sampling.top_p,
+                               stop_ids=chat.stop_ids, seeds=[seed + b for b in mine],
+                               max_rows=sampling.max_rows, desc=desc)
+    rows = [([chat.decode(t) for t in group], sum(map(len, group)) / len(group)) for group in samples.tokens]
+    rows = run.gather(rows, len(ids))
+    return [texts for texts, _ in rows], sum(length for _, length in rows) / len(rows)
+
+
+def verdicts(judge, prompts, ours, theirs):
+    """Mean verdict per prompt of ours (B lists of m answers) against theirs (B lists of n): [B], in [0, 1].
+
+    A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2. The judge sees two answers at a
+    time, so that no verdict depends on the others (an aggregating judge's would), and judges of pairs see both orders.
+    """
+    games = [(prompt, [a, b]) for prompt, mine, other in zip(prompts, ours, theirs) for a in mine for b in other]
+    P = judge.preference(*map(list, zip(*games)))[:, 0, 1].view(len(prompts), -1)
+    return ((P > 0.5).float() + 0.5 * (P == 0.5).float()).mean(1)
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean) of [B] values, ddof = 1."""
+    values = values.double()
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclasses.dataclass
+class Opponent:
+    """The base's answers to the evaluation prompts, drawn once: 4 samples and the greedy one for each."""
+    sampled: list
+    greedy: list
+
+
+def opponent(net, chat, ids, sampling, seed, shard=(0, 1)):
+    """Draw the base's side of every later comparison."""
+    sampled, _ = answer(net, chat, ids, 4, sampling, run.stream(seed, "opponent"),
+                        desc="base: 4 samples a prompt", shard=shard)
+    greedy, _ = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc="base: greedy", shard=shard)
+    return Opponent(sampled, greedy)
+
+
+def kept_opponents(path, net, chat, ids, sampling, seed, shard=(0, 1)):
+    """The base's side for each named set of encoded prompts, {name: Opponent}; drawn once and kept in the file `path`,
+    so that a resumed run plays against the same answers."""
+    known = run.read_json(path) if os.path.exists(path) else {}
+    drawn = dict(known)
+    for name in ids:
+        if name not in drawn:
+            drawn[name] = dataclasses.asdict(opponent(net, chat, ids[name], sampling, run.stream(seed, name), shard))
+    if shard[0] == 0 and drawn != known:
+        run.write_json(path, drawn)
+    return {name: Opponent(**sides) for name, sides in drawn.items()}
+
+
+def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shard=(0, 1)):
+    """One row of the table: `net` against the base's answers. Returns summary.json's dict of figures.
+
+    The sampled answers come from a stream of their own: the base against itself is two independent draws.
+    """
+    sampled, length = answer(net, chat, ids, 1, sampling, run.stream(seed, "evaluation"),
+                             desc=f"{name}: sampling", shard=shard)
+    greedy, greedy_length = answer(net, chat, ids, 1, sampling, 0, greedy=True, desc=f"{name}: greedy", shard=shard)
+    row = {"name": name, "prompts": len(prompts), **_figures(judge, prompts, sampled, opponent, ""),
+           **_figures(judge, prompts, greedy, opponent, "_greedy"),
+           "accuracy_sampled": exact(judge, prompts, sampled), "accuracy_greedy": exact(judge, prompts, greedy),
+           "mean_length": length, "mean_length_greedy": greedy_length}
+    if judge.name == "styles":      # the base's, where everything starts, out of its four samples a prompt
+        row["styles"] = world.style_shares(sum(opponent.sampled if name == "base" else sampled, []))
+    return row
+
+
+def base_greedy_row(row, judge, prompts, opponent):
+    """The table's second row: the untrained base, decoded greedily, against the base's samples."""
+    rate, error = mean_and_error(verdicts(judge, prompts, opponent.greedy, opponent.sampled))
+    return {**row, "name": "base, greedy", "win_rate": rate, "win_rate_se": error,
+            "accuracy_sampled": row["accuracy_greedy"], "mean_length": row["mean_length_greedy"]}
+
+
+def _figures(judge, prompts, ours, opponent, suffix):
+    theirs = opponent.greedy if suffix else opponent.sampled
+    rate, error = mean_and_error(verdicts(judge, prompts, ours, theirs))
+    return {f"win_rate{suffix}": rate, f"win_rate{suffix}_se": error}
+
+
+def exact(judge, prompts, answers):
+    """Share of answers that the oracle marks right; None where the judge is no oracle."""
+    if judge.name != "oracle":
+        return None
+    return float((judge.reward(prompts, answers) == 1).float().mean())
+
+
+# What lsp.py's rows say of the Challenger's queries besides: heading, key, format
+QUERIES = [("malformed", "malformed", "8.1%"), ("operations", "ops", "10.2f"), ("distinct", "distinct", "8.1%"),
+           ("base acc. on queries", "base_accuracy", "20.3f")]
+
+
+def table(rows):
+    """The evaluations as text, one row a model."""
+    def cell(value, error=None):
+        return "-" if value is None else f"{value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
+
+    extra = [column for column in QUERIES if any(r.get(column[1]) is not None for r in rows)]
+    width = max(16, *(len(r["name"]) for r in rows))
+    lines = [f"{'':{width}s} {'win rate':>13s} {'greedy vs greedy':>16s} "
+             f"{'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"
+             + "".join(f" {heading:>{int(form.split('.')[0])}s}" for heading, _, form in extra)]
+    for r in rows:
+        lines.append(f"{r['name']:{width}s} {cell(r['win_rate'], r['win_rate_se']):>13s} "
+                     f"{cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
+                     f"{cell(r['accuracy_sampled']):>12s} {cell(r['accuracy_greedy']):>11s} {r['mean_length']:7.1f}"
+                     + "".join(f" {r[key]:{form}}" if r.get(key) is not None else " " * int(form.split(".")[0]) + "-"
+                               for _, key, form in extra))
+    return "\n".join(lines)
+
+
+COLUMNS = {  # of the table over several runs: heading -> key of summary.json's evaluations, digits
+    "win rate": ("win_rate", 3), "± s.e. of a run": ("win_rate_se", 3), "greedy vs greedy": ("win_rate_greedy", 3),
+    "accuracy, sampled": ("accuracy_sampled", 3), "accuracy, greedy": ("accuracy_greedy", 3),
+    "tokens": ("mean_length", 2), "log-ratio of winners": ("logratio_w", 2), "of losers": ("logratio_l", 2),
+    "malformed": ("malformed", 3), "operations": ("ops", 2), "distinct": ("distinct", 3),
+    "base accuracy on the queries": ("base_accuracy", 3)}
+
+
+def table_of_runs(summaries):
+    """Markdown: one row for each method and iteration, mean over its runs (seeds) and in brackets smallest-largest.
+    The base is one row, whatever the method. Log-ratios in nats, over the kept epoch's steps."""
+    groups, settings = {}, {}
+    for summary in summaries:
+        one = {k: v for k, v in summary["settings"].items() if k not in ("seed", "init", "out", "resume", "overwrite")}
+        other = settings.setdefault(summary["method"], one)
+        for name in one:
+            if one[name] != other.get(name):
+                raise run.UserError(f"table takes the mean over seeds, but two runs of {summary['method']} differ in "
+                                    f"{name}: {other.get(name)} and {one[name]}; give one table to each")
+        for row in summary["evaluations"]:
+            name = row["name"] if row["name"].startswith("base") else f"{summary['method']}, {row['name']}"
+            groups.setdefault(name, []).append(row)
+
+    def cell(rows, key, digits):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if not values:
+            return "-"
+        mean, low, high = (f"{v:.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+        return mean if low == high or key.endswith("_se") else f"{mean} ({low} to {high})"
+
+    every = sum(groups.values(), [])
+    columns = {heading: how for heading, how in COLUMNS.items() if any(row.get(how[0]) is not None for row in every)}
+    lines = ["| | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines += [f"| {name} | {len(rows)} | " + " | ".join(cell(rows, *how) for how in columns.values()) + " |"
+              for name, rows in groups.items()]
+    seconds = {}
+    for summary in summaries:
+        seconds.setdefault(summary["method"], []).append(summary["seconds"]["total"])
+    lines.append("\nseconds a run: " + "; ".join(f"{method} {sum(x) / len(x):.0f} ({min(x):.0f} to {max(x):.0f})"
+                                                  for method, x in seconds.items()))
+    return "\n".join(lines)
+
+
+def exact_styles(summary):
+    """What the intransitive run would do without sampling and regression: the iterates of (4.1), [T, 3], from the run's
+    own start; None for a run without --all-responses, which does something else.
+
+    eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
+    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2.
+    """
+    s = summary["settings"]
+    if not s["all_responses"]:
+        return None
+    eta = s["eta"] * (s["k"] - 1) / s["k"]
+    return games.multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], eta, s["iterations"])
+
+
+def played_styles(evaluations):
+    """pi_1, ..., pi_{T+1} of an intransitive run as style shares: [T + 1, 3] (the row "base, greedy" is no iterate)."""
+    return torch.tensor([row["styles"] for row in evaluations if row["name"] != "base, greedy"], dtype=torch.float64)
+
+
+def style_line(evaluations):
+    """One line on where an intransitive run stands."""
+    played = played_styles(evaluations)
+    now, mean = played[-1], played[:-1].mean(0)
+    best_now, best_mean = games.best_response(world.STYLES, now), games.best_response(world.STYLES, mean)
+    return (f"{evaluations[-1]['name']}: styles {_shares(now)}, best response {best_now:.3f}; "
+            f"average so far {_shares(mean)}, best response {best_mean:.3f}")
+
+
+def style_table(summary):
+    """The end of an intransitive run as text: where it began, where the last iterate and the average are."""
+    played, exact = played_styles(summary["evaluations"]), exact_styles(summary)
+    T = len(played) - 1
+    rows = [("base", played[0]), ("last iterate", played[-1]), (f"average of {T} iterates", played[:-1].mean(0))]
+    if exact is not None:
+        rows.append(("average, exact updates", exact.mean(0)))
+    rows.append(("Nash equilibrium", torch.tensor(world.NASH_STYLES)))
+    lines = [f"{'':24s} {'style 0':>8s} {'style 1':>8s} {'style 2':>8s} {'best response':>14s}"]
+    for name, policy in rows:
+        lines.append(f"{name:24s} " + " ".join(f"{p:8.3f}" for p in policy.tolist())
+                     + f" {games.best_response(world.STYLES, policy):14.3f}")
+    return "\n".join(lines)
+
+
+def _shares(policy):
+    return "/".join(f"{p:.2f}" for p in policy.tolist())
+
+
+def check_world_prompts(judge, prompts, flag="--prompts"):
+    """Raises UserError where a world's own judge is asked about prompts of another language."""
+    spoken = prefmodel.world_of(judge)
+    if spoken is not None and not all(map(spoken.parse, prompts)):
+        raise run.UserError(f"--judge {judge} knows only its embedded world's queries; "
+                            f"with other {flag} give --judge pairrm:DIR_OR_HUB_ID")
+
+
+def check_speaks_world(path, net, chat, spoken, flag="--model (or --vs)",
+                       remedy="--prompts FILE and --judge pairrm:DIR_OR_HUB_ID"):
+    """Raises UserError for a checkpoint that cannot read the queries of the world `spoken`, or whose answers have a
+    style where the world's have none, or none where they have one."""
+    if chat.tokenizer.get_vocab() != spoken.make_tokenizer().get_vocab():
+        raise run.UserError(f"{flag} {path} does not speak the embedded world's language; give {remedy}")
+    answers = world.answers(net, chat.tokenizer, spoken.queries("validation", 32), temperature=0)
+    styled = sum(world.style(a) is not None for a in answers)
+    if not spoken.styles and styled > 16:
+        raise run.UserError(f"{flag} {path} answers in styles, as in the intransitive world; "
+                            "give another checkpoint, or --judge styles (sppo.py: --world intransitive)")
+    if spoken.styles and not styled:
+        raise run.UserError(f"{flag} {path} answers in no style; give --judge oracle (for sppo.py leave out "
+                            "--world intransitive), or a checkpoint of the intransitive world")
