@@ -1,9 +1,10 @@
 """Prompts and text: prompt files and hub data sets, prompt templates, a checkpoint's tokenizer and chat template.
 
-Two kinds of text meet in a run. A *prompt* is what a person wrote and a file holds; `read_prompts` and `read_rows` take
-the layouts that people have. A *turn* is a prompt or an answer inside a conversation; `Chat` turns it into token ids
-through the checkpoint's own chat template, and back. Between them stand prompt texts with placeholders, such as the
-Challenger's or a judge's: `read_template` checks one, `fill` fills it in.
+Three kinds of text meet in a run. A *prompt* is what a person wrote and a file holds; `read_prompts` takes the layouts
+that people have. A *table* holds prompts with their answers and a judge's verdicts, and is what the phases of SPPO hand
+on to each other. A *turn* is a prompt or an answer inside a conversation; `Chat` turns it into token ids through the
+checkpoint's own chat template, and back. Prompt texts with placeholders, such as the Challenger's or a judge's, are
+checked by `read_template` and filled in by `fill`.
 """
 
 import gzip
@@ -12,6 +13,9 @@ import os
 import re
 import zlib
 
+import torch
+
+import kernels
 import model
 import run
 
@@ -112,6 +116,152 @@ def prompt_of(row, flag, path, where):
                         "every row needs a column `prompt`, `instruction`, `messages`, `question` or `problem`")
 
 
+def read_sources(names, count):
+    """The prompts behind a flag that names one source, or several with commas between for `count` iterations: a list of
+    disjoint lists. Raises UserError where a source cannot be read, or where there are fewer than iterations."""
+    paths = [names] if os.path.exists(names) else names.split(",")
+    if 1 < len(paths) < count:
+        raise run.UserError(f"--prompts names {len(paths)} sources for {count} iterations; give one, or one for each")
+    sources, seen = [], set()
+    for path in paths[:count]:
+        sources.append([prompt for prompt in read_prompts(path) if prompt not in seen])
+        seen |= set(sources[-1])
+    return sources
+
+
+def divide(sources, count, size, validation, test, seed):
+    """(validation prompts, test prompts, [part 1, ..., part `count`]): disjoint lists, the parts of `size` prompts each
+    (0: all there are), from one source or from one for each. Raises ValueError, saying what is lacking.
+
+    The held-out prompts do not depend on the seed, so that runs with different seeds are compared on the same ones.
+    """
+    prompts = run.shuffled(sum(sources, []), "held-out prompts")
+    held = validation + test
+    if len(sources) == 1:
+        size = size or (len(prompts) - held) // count
+        train = run.shuffled(prompts[held:], seed, "training prompts")
+        parts = [train[t * size:(t + 1) * size] for t in range(count)]
+    else:
+        away = set(prompts[:held])
+        parts = [run.shuffled([p for p in source if p not in away], seed, "training prompts", t)[:size or None]
+                 for t, source in enumerate(sources)]
+    short = min(parts, key=len)
+    if len(prompts) < held or len(short) < max(size, 1):
+        where = "" if len(sources) == 1 else f" (iteration {parts.index(short) + 1}'s own source leaves {len(short)})"
+        raise ValueError(f"has {len(prompts)} distinct prompts{where}; {count} iterations of --prompts-per-iteration "
+                         f"{size}, --validation-prompts {validation} and --test-prompts {test} need "
+                         f"{held + count * max(size, 1)}: lower one")
+    return prompts[:validation], prompts[validation:held], parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table: prompts, answers, verdicts, one row a prompt, as .jsonl in the columns of the official SPPO code's tables
+#
+#   before judging   prompt; generate_0 ... generate_{K-1}: conversations [{role: user}, {role: assistant}];
+#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length")
+#   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
+#                    the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
+#
+# The official training table has the last five columns alone.
+
+VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
+
+
+def answer_texts(row):
+    """The K answers of a table's row, as text."""
+    count = sum(name.startswith("generate_") for name in row)
+    return [row[f"generate_{k}"][-1]["content"] for k in range(count)]
+
+
+def verdict_columns(row, P):
+    """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
+
+    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents (each between -13.8 and
+    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i.
+    """
+    wins = kernels.phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
+    best, worst = kernels.best_and_worst(wins)
+    return {"probability": P.tolist(), "rm_scores": P.logit(1e-6).mean(-1).tolist(),
+            "chosen": row[f"generate_{best}"], "rejected": row[f"generate_{worst}"],
+            "chosen_probs": float(P[best, worst]),
+            "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
+
+
+def readable_row(row):
+    """A judged row for a person to read: prompt, answers, and their Phats."""
+    talks, wins = [row["chosen"], row["rejected"]], [row["chosen_probs_win"], row["chosen_probs_lose"]]
+    texts = answer_texts(row) or [talk[-1]["content"] for talk in talks]
+    if "probability" in row:
+        wins = kernels.phat(torch.tensor(row["probability"])).tolist()
+    return {"prompt": row["prompt"], "responses": texts, "phat": [round(p, 4) for p in wins]}
+
+
+def read_table(path, judged=False, all_responses=False):
+    """The rows of a table: this file's, or the official code's columns `generate_k`, or `chosen` and `rejected`.
+
+    judged: they must hold a judge's verdicts too. Raises UserError, naming file and line, for what cannot be used.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise run.UserError(f"--table {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
+                        "give the .jsonl that --stage sample or judge wrote") from None
+    for i, line in enumerate(lines):
+        try:
+            if line.strip():
+                rows.append(_table_row(json.loads(line), judged, all_responses))
+                if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
+                    raise ValueError("every row needs as many answers as the first")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise run.UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
+    if not rows:
+        raise run.UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
+    return rows
+
+
+def _table_row(row, judged, all_responses):
+    """The row, checked: conversations as lists of two messages, `prompt` and the verdicts filled in where they follow
+    from the rest."""
+    K = sum(name.startswith("generate_") for name in row)
+    if "prompt" not in row:
+        row["prompt"] = row["generate_0" if K else "chosen"][0]["content"]
+    for name in [f"generate_{k}" for k in range(K)] + [n for n in ("chosen", "rejected") if n in row]:
+        if isinstance(row[name], str):
+            row[name] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+        user, assistant = row[name]                         # one turn each: what else would the answer be an answer to?
+        if ((user["role"], assistant["role"]) != ("user", "assistant") or user["content"] != row["prompt"]
+                or not isinstance(row["prompt"], str) or not isinstance(assistant["content"], str)):
+            raise TypeError
+    if not judged:
+        row["generate_0"]
+    elif all_responses:
+        row["probability"]
+    if "probability" in row:
+        P = torch.tensor(row["probability"], dtype=torch.float32)
+        if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
+            raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
+        row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
+    for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
+        row["chosen"], row["rejected"]
+        if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
+            raise ValueError(f"{name} {row[name]} is not in [0, 1]")
+    return row
+
+
+def _reason(error, judged):
+    if isinstance(error, KeyError) and judged and error.args[0] in ("probability", "chosen", "chosen_probs_win"):
+        return f"no column {error.args[0]}; judge the table first (--stage judge)"
+    if isinstance(error, KeyError):
+        return f"no column {error.args[0]}; a table has prompt and generate_0 ..., or chosen and rejected"
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON ({error.msg}); mend or remove the line"
+    return f"{error}; make the table again" if type(error) is ValueError else (
+        "prompt must be a text, and generate_k, chosen and rejected one user turn with that prompt and one assistant "
+        "turn, as a list of {role, content} (or the answer's text alone); make the table again")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # prompt texts with placeholders
 
@@ -147,6 +297,14 @@ def read_template(flag, path, default, known, needed=None):
         raise run.UserError(f"{flag} {path} {' and '.join(wrong)}; names in curly brackets may be "
                             + " ".join(f"{{{name}}}" for name in sorted(known))
                             + ", each where it belongs (plain brackets are written twice)")
+    return text
+
+
+def shortened(text, fits):
+    """`text`, cut on the right, a tenth at a time, until fits(text): for what the Solver or a judge has to read and is
+    too long for them."""
+    while text and not fits(text):
+        text = text[:len(text) - max(1, len(text) // 10)]
     return text
 
 
@@ -223,6 +381,14 @@ class Chat:
                                     f"(context {self.context}, --max-new-tokens {max_new_tokens}); "
                                     "shorten or remove it, or change --max-prompt-tokens or --max-new-tokens")
         return ids
+
+    def that_fit(self, prompts, room, quiet=False):
+        """The prompts of at most `room` tokens; prints how many were left out."""
+        kept = [p for p in prompts if len(self.encode(p)) <= room]
+        if len(kept) < len(prompts) and not quiet:
+            print(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens",
+                  flush=True)
+        return kept
 
     def decode(self, tokens):
         """An answer's text, without its end-of-turn token."""

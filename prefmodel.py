@@ -39,16 +39,20 @@ Where this departs from the official PairRM code (llm-blender), and why:
 import glob
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import model
+import rollout
 import world
-from chat import TEMPLATE_DATE
+from chat import TEMPLATE_DATE, fill, read_template, shortened
 from model import fetch
-from run import UserError, progress, write_atomically
+from run import UserError, gather, progress, stream
 
 
 def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
@@ -119,17 +123,6 @@ def bradley_terry(rewards, scale=1.0):
     return torch.sigmoid(scale * (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)))
 
 
-def phat(P):
-    """SPPO section 4: Phat(y_i > pi_t | x) = (1/K) sum_k P(y_i > y_k | x): P [B, K, K] -> [B, K].
-
-    The comparison with itself, 1/2, counts: so Phat stays in [1/(2K), 1 - 1/(2K)] and averages to 1/2 over the K.
-
-    >>> phat(torch.tensor([[[.5, 1., .75], [0., .5, .25], [.25, .75, .5]]]))
-    tensor([[0.7500, 0.2500, 0.5000]])
-    """
-    return P.mean(-1)
-
-
 ESTIMATORS = {"pairwise": pairwise_preference, "aggregate": aggregate_preference}
 
 
@@ -190,112 +183,6 @@ class StylesJudge:
 
 
 WORLD_JUDGES = {"oracle": OracleJudge, "styles": StylesJudge}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the table: prompts, answers, verdicts, one row a prompt, as .jsonl in the columns of the official SPPO code's tables
-#
-#   before judging   prompt; generate_0 ... generate_{K-1}: conversations [{role: user}, {role: assistant}];
-#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length")
-#   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
-#                    the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
-#
-# The official training table has the last five columns alone.
-
-
-def answer_texts(row):
-    """The K answers of a table's row, as text."""
-    count = sum(name.startswith("generate_") for name in row)
-    return [row[f"generate_{k}"][-1]["content"] for k in range(count)]
-
-
-def verdict_columns(row, P):
-    """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
-
-    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents (each between -13.8 and
-    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i. Best
-    and worst are by Phat, the first of equals; where all K tie both are the first answer.
-    """
-    wins = phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
-    best, worst = int(wins.argmax()), int(wins.argmin())
-    return {"probability": P.tolist(), "rm_scores": P.logit(1e-6).mean(-1).tolist(),
-            "chosen": row[f"generate_{best}"], "rejected": row[f"generate_{worst}"],
-            "chosen_probs": float(P[best, worst]),
-            "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
-
-
-def write_table(path, rows):
-    """One JSON object a line, atomically."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, write)
-
-
-def read_table(path, judged=False, all_responses=False):
-    """The rows of a table: this file's, or the official code's columns `generate_k`, or `chosen` and `rejected`.
-
-    judged: they must hold a judge's verdicts too. Raises UserError, naming file and line, for what cannot be used.
-    """
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--table {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
-                        "give the .jsonl that --stage sample or judge wrote") from None
-    for i, line in enumerate(lines):
-        try:
-            if line.strip():
-                rows.append(_table_row(json.loads(line), judged, all_responses))
-                if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
-                    raise ValueError("every row needs as many answers as the first")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
-    if not rows:
-        raise UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
-    return rows
-
-
-def _table_row(row, judged, all_responses):
-    """The row, checked: conversations as lists of two messages, `prompt` and the verdicts filled in where they follow
-    from the rest."""
-    K = sum(name.startswith("generate_") for name in row)
-    if "prompt" not in row:
-        row["prompt"] = row["generate_0" if K else "chosen"][0]["content"]
-    for name in [f"generate_{k}" for k in range(K)] + [n for n in ("chosen", "rejected") if n in row]:
-        if isinstance(row[name], str):
-            row[name] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
-        user, assistant = row[name]                         # one turn each: what else would the answer be an answer to?
-        if ((user["role"], assistant["role"]) != ("user", "assistant") or user["content"] != row["prompt"]
-                or not isinstance(row["prompt"], str) or not isinstance(assistant["content"], str)):
-            raise TypeError
-    if not judged:
-        row["generate_0"]
-    elif all_responses:
-        row["probability"]
-    if "probability" in row:
-        P = torch.tensor(row["probability"], dtype=torch.float32)
-        if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
-            raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
-        row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
-    for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
-        row["chosen"], row["rejected"]
-        if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
-            raise ValueError(f"{name} {row[name]} is not in [0, 1]")
-    return row
-
-
-def _reason(error, judged):
-    if isinstance(error, KeyError) and judged and error.args[0] in ("probability", "chosen", "chosen_probs_win"):
-        return f"no column {error.args[0]}; judge the table first (--stage judge)"
-    if isinstance(error, KeyError):
-        return f"no column {error.args[0]}; a table has prompt and generate_0 ..., or chosen and rejected"
-    if isinstance(error, json.JSONDecodeError):
-        return f"malformed JSON ({error.msg}); mend or remove the line"
-    return f"{error}; make the table again" if type(error) is ValueError else (
-        "prompt must be a text, and generate_k, chosen and rejected one user turn with that prompt and one assistant "
-        "turn, as a list of {role, content} (or the answer's text alone); make the table again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,3 +584,146 @@ def _open_reward(path, dtype):
         raise UserError(f"{path}: the tokenizer's {len(tokenizer)} tokens do not fit the model's {c.vocab_size} "
                         "embeddings; give the tokenizer that belongs to the weights")
     return net, tokenizer, is_deberta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a language model that marks answers: LSP's self-reward
+
+# The content of the paper's Box 3, a sum of seven yes-or-no points.
+SELF_REWARD_PROMPT = """\
+You will see a user's instruction and the response of an assistant. Together they get 0 to 7 points. Begin with 0 and \
+add 1 point for each of these statements that is true:
+
+1. From the instruction one can clearly tell what the user wants to have done.
+2. The instruction is clear, specific and well structured.
+3. The user will be able to understand the response.
+4. The response deals with a considerable part of what was asked.
+5. The response answers the core of what was asked, in a useful and complete way.
+6. The response is clearly written, concise, well organized and helpful.
+7. The user will most likely be pleased with the form and the style of the response.
+
+<Instruction>
+{query}
+</Instruction>
+
+<Response>
+{answer}
+</Response>
+
+First explain your points in at most 100 words. Then write the sum between Calculation tags, one number for each \
+statement, and then the total between Score tags, for example:
+<Calculation>1+0+1+0+1+1+0=4</Calculation>
+<Score>4</Score>
+"""
+
+
+class SelfReward:
+    """R_Q of LSP: the frozen initial model's verdict 0..7 on a query and its answer.
+
+    For real models it writes one, under a rubric of seven points (SELF_REWARD_PROMPT). The embedded world's base has a
+    judge mode, trained on its ORACLE's labels (world.judge_label), so that there "data-free" means: no data beyond what
+    the base has seen.
+    """
+
+    def __init__(self, ref, chat, how="sample", rubric="", max_verdict_tokens=256, max_rows=64, seed=0,
+                 on_world=False):
+        self.ref, self.chat, self.how, self.seed, self.on_world = ref, chat, how, seed, on_world
+        self.max_verdict_tokens, self.max_rows = max_verdict_tokens, max_rows
+        self.rubric = world.JUDGE if on_world else read_template("--self-reward-prompt", rubric, SELF_REWARD_PROMPT,
+                                                                 ("query", "answer"))
+        self.room = chat.room(0, max_verdict_tokens)
+        if len(self.encode("", "")) > self.room:
+            raise UserError(f"the rubric leaves no room in the model's context of {chat.context} tokens; lower "
+                                "--max-verdict-tokens, or give a shorter --self-reward-prompt")
+        # The ids of what a verdict writes before its score, and those of the eight scores
+        start = "" if on_world else "<Score>"
+        ids = [chat.tokenizer.encode(start + digit, add_special_tokens=False) for digit in "01234567"]
+        self.start, self.digits = ids[0][:-1], [row[-1] for row in ids]
+        if how == "expected" and (any(row[:-1] != self.start for row in ids) or len(set(self.digits)) < 8):
+            raise UserError("--self-reward expected needs a tokenizer in which <Score> and a digit are separate "
+                                "tokens; give --self-reward sample")
+
+    def encode(self, query, answer):
+        """The judge's prompt as ids. Neither text can pose as another turn, or bring tags of its own: a verdict is read
+        from what the judge writes, and these would be there to be copied."""
+        query, answer = (re.sub(r"<(\s*/?\s*(?:score|calculation|instruction|response)\s*)>", r"(\1)",
+                                self.chat.plain(text), flags=re.IGNORECASE) for text in (query, answer))
+
+        def ids(query, answer):
+            return self.chat.encode(fill(self.rubric, query=query, answer=answer))
+        query = shortened(query, lambda q: len(ids(q, "")) <= self.room)
+        return ids(query, shortened(answer, lambda a: len(ids(query, a)) <= self.room))
+
+    @torch.no_grad()
+    def score(self, queries, answers, step, shard=(0, 1)):
+        """(R_Q [N, G] float32, figures for metrics.jsonl). Each distinct pair of query and answer is judged once."""
+        rank, ranks = shard
+        pairs = list({(q, a): None for q, group in zip(queries, answers) for a in group})
+        mine = range(rank, len(pairs), ranks)
+        prompts = [self.encode(*pairs[i]) for i in mine]
+        if self.how == "expected":
+            verdicts = [(mark, False, 0) for mark in self.expected([p + self.start for p in prompts])]
+        else:
+            said = rollout.generate(self.ref, prompts, 1, self.max_verdict_tokens, stop_ids=self.chat.stop_ids,
+                                    seeds=[stream(self.seed, "verdicts", step) + i for i in mine],
+                                    max_rows=self.max_rows)
+            read = parse_digit if self.on_world else parse_verdict
+            verdicts = [(*read(self.chat.decode(group[0])), len(group[0])) for group in said.tokens]
+        verdicts = gather(verdicts, len(pairs))
+        marks = {pair: math.nan if mark is None else float(mark) for pair, (mark, _, _) in zip(pairs, verdicts)}
+        R_Q = torch.tensor([[marks[q, a] for a in group] for q, group in zip(queries, answers)])
+        return fill_unread(R_Q), {"unread_verdicts": sum(mark is None for mark, _, _ in verdicts) / len(pairs),
+                                  "wrong_sums": sum(wrong for _, wrong, _ in verdicts) / len(pairs),
+                                  "verdict_tokens": sum(length for _, _, length in verdicts) / len(pairs)}
+
+    def expected(self, prompts):
+        """The mean score under the next token's distribution over 0..7: lists of ids -> as many floats. The rubric,
+        which they all begin with, is computed once for as many prompts as fit into a pass."""
+        marks, digits = [], torch.tensor(self.digits, device=self.ref.device)
+        for start in range(0, len(prompts), self.max_rows):
+            hidden = model.prefill(self.ref, prompts[start:start + self.max_rows])[1]
+            p = self.ref.logits(hidden)[:, digits].softmax(-1)                                          # [rows, 8]
+            marks += (p * torch.arange(8.0, device=p.device)).sum(-1).tolist()
+        return marks
+
+
+def fill_unread(R_Q):
+    """Verdicts that could not be read (NaN) take the mean of their query's others, so that they move neither player;
+    where a whole query has none, the step's mean; where the step has none, the scale's middle. A silent 0 would tell
+    both players that something is bad where nothing was said.
+
+    >>> fill_unread(torch.tensor([[6.0, math.nan, 4.0], [math.nan, math.nan, math.nan]]))
+    tensor([[6., 5., 4.],
+            [5., 5., 5.]])
+    """
+    R_Q = torch.where(R_Q.isnan(), R_Q.nanmean(1, keepdim=True), R_Q)
+    return torch.where(R_Q.isnan(), R_Q.nanmean(), R_Q).nan_to_num(3.5)
+
+
+def parse_verdict(text):
+    """(the last <Score> that is a whole number 0..7, or None; whether the last <Calculation> adds up to another).
+
+    The score counts, as it is what was asked for; a sum that disagrees is counted and logged.
+
+    >>> parse_verdict("Clear. <Calculation>1+1+1+0+0+0+0=3</Calculation><Score>3</Score>")
+    (3, False)
+    >>> parse_verdict("<Calculation>1+1+1+1+0+0+0=3</Calculation><Score>3/7</Score>")
+    (3, True)
+    >>> parse_verdict("<Score>5</Score> <Score>8</Score>"), parse_verdict("<Score>good</Score>"), parse_verdict("7")
+    ((5, False), (None, False), (None, False))
+    """
+    scores = re.findall(r"<score>\s*([0-7])(?:\.0*)?\s*(?:/\s*7)?\s*</score>", text, re.IGNORECASE)
+    sums = re.findall(r"<calculation>\s*([01](?:\s*\+\s*[01])*)\s*(?:=|</calculation>)", text, re.IGNORECASE)
+    if not scores:
+        return None, False
+    score = int(scores[-1])
+    return score, bool(sums) and sum(map(int, sums[-1].split("+"))) != score
+
+
+def parse_digit(text):
+    """The same for the embedded world, whose verdict is one digit.
+
+    >>> parse_digit("6"), parse_digit("8"), parse_digit("66"), parse_digit("ab")
+    ((6, False), (None, False), (None, False), (None, False))
+    """
+    return (int(text) if text in list("01234567") else None), False

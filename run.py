@@ -6,10 +6,10 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
     out/<name>/config.json     the settings, written once
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
-               iter-k/         each a complete Hugging Face checkpoint
-               state/state.pt  what --resume needs, with a shard-*.pt for each rank;
-                               replaced atomically, so that a kill -9 at any moment
-                               leaves a good one
+               iter-k/         (step-k/) each a complete Hugging Face checkpoint
+               state/          what --resume needs: state.pt with a shard-*.pt for each rank, and the results of phases
+                               that were finished, or begun; replaced atomically or appended to, so that a kill -9 at
+                               any moment leaves a good one
                summary.json    the result
                curves.png      the picture
 
@@ -88,23 +88,42 @@ def check(settings):
             raise UserError(f"{name} {value} must be " + " and ".join(f"{w} {b:g}" for w, b in bounds.items()))
 
 
+@dataclasses.dataclass
+class CommonSettings:
+    """Flags that both scripts have."""
+    clip: float = flag(1.0, "largest gradient norm; 0 = no clipping (not in the papers)", at_least=0)
+    gradient_accumulation: int = flag(0,
+        "backward passes per optimizer step, another way to say --micro-batch; 0 = as --micro-batch says", at_least=0)
+    activation_checkpointing: bool = flag(False,
+        "keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
+    seed: int = flag(0, "fixes everything that is drawn, but not an embedded world and its base")
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag("auto",
+        "float32 or bfloat16; auto: bfloat16 where native (the optimizer keeps float32 weights)",
+        ("auto", "float32", "bfloat16"))
+    resume: bool = flag(False, "continue the run in --out from its last saved state")
+    overwrite: bool = flag(False, "replace the run in --out")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one sentence, without the page of usage that argparse puts before it
         print(f"error: {message}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
 
 
-def parse(settings_class, argv, description, presets=None):
+def parse(settings_class, argv, description, presets=None, defaults=None):
     """Turn `argv` into an instance of the dataclass `settings_class`, one flag per field.
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
     the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
-    value}}; a flag that is given beside it wins. Raises UserError for a value outside its flag's bounds.
+    value}}; a flag that is given beside it wins. defaults: {where: {field: value}}, for --help alone: what a flag with
+    default None becomes there. Raises UserError for a value outside its flag's bounds.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog="\n".join(f"--preset {name} is\n{_as_flags(v)}" for name, v in (presets or {}).items()))
     hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
+    own = settings_class.__annotations__                    # a class's own flags come first, then those it inherits
+    for field in sorted(dataclasses.fields(settings_class), key=lambda field: field.name not in own):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # "int | None": None means "decided at set-up"
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
@@ -112,6 +131,9 @@ def parse(settings_class, argv, description, presets=None):
         help = field.metadata.get("help", "").replace("%", "%%")
         if field.default is not None and field.default != "":
             help += f" [{field.default}]"
+        there = {where: values[field.name] for where, values in (defaults or {}).items() if field.name in values}
+        if there:
+            help += " [" + ", ".join(f"{where} {value}" for where, value in there.items()) + "]"
         if kind is bool:
             parser.add_argument(name, default=field.default, action=argparse.BooleanOptionalAction, help=help)
         else:
@@ -205,12 +227,30 @@ def barrier():
         dist.barrier()
 
 
+def sum_over_ranks(values, device):
+    """A tensor's sum over all ranks, on the CPU. NCCL adds on the GPU `device`."""
+    if not dist.is_initialized():
+        return values
+    values = values.to(device) if device.type == "cuda" else values
+    dist.all_reduce(values)
+    return values.cpu()
+
+
 def on_rank_0_first(rank, function):
     """Call `function` on rank 0, then on the others, which find its result on disk. Returns this rank's result."""
     if rank == 0:
         result = function()
     barrier()
     return result if rank == 0 else function()
+
+
+def check_finite(metrics, where, last_good):
+    """Raises UserError where a step's loss or gradient norm is infinite or no number. last_good: a checkpoint."""
+    bad = {name: metrics[name] for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))}
+    if bad:
+        what = " and ".join(f"{name} is {value}" for name, value in bad.items())
+        raise UserError(f"{where}: {what}; stopped. The last good checkpoint is {last_good}: begin again from there "
+                        "(--model) with another --out and a lower --lr, or with --dtype float32")
 
 
 def stream(*names):
@@ -227,12 +267,49 @@ def shuffled(items, *names):
 
 
 def progress(iterable=None, desc="", total=None):
-    """A tqdm bar on stderr.
-    It shows itself only after two seconds and vanishes when done; none on ranks > 0 or in a log file."""
-    from tqdm import tqdm  # comes with transformers
+    """A progress bar on stderr that appears after two seconds and vanishes when done. Where stderr is no terminal, such
+    as in a log file, a line each minute instead. Nothing on ranks > 0."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0 and not sys.stderr.isatty():
+        return _Lines(iterable, desc, total)
+    from tqdm import tqdm
 
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True, file=sys.stderr,
-                disable=not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() > 0))
+                disable=rank > 0)
+
+
+class _Lines:
+    """What a log file shows instead of a bar; it has those of tqdm's methods that are used here."""
+    SECONDS = 60
+
+    def __init__(self, iterable, desc, total):
+        self.iterable, self.desc, self.done = iterable, desc, 0
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.start = self.last = time.perf_counter()
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, count=1):
+        self.done, now = self.done + count, time.perf_counter()
+        if now - self.last >= self.SECONDS:
+            self.last = now
+            print(f"{self.desc}: {self.done} of {self.total} after {(now - self.start) / 60:.0f} min",
+                  file=sys.stderr, flush=True)
+
+    def set_postfix_str(self, text, refresh=True):
+        pass
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +341,13 @@ def remove(path):
         os.remove(path)
 
 
+def rename_on_rank_0(path, name):
+    """Give a finished file or directory its final name; on every rank it is there afterwards."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        os.replace(path, name)
+    barrier()
+
+
 def read_json(path):
     """The JSON object in `path`. Raises UserError where there is none."""
     try:
@@ -287,6 +371,43 @@ def write_json(path, value, indent=1):
             json.dump(value, file, indent=indent)
             file.write("\n")
     write_atomically(path, write)
+
+
+def write_rows(path, rows):
+    """One JSON object a line, atomically."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, write)
+
+
+def in_chunks(path, items, size, make, rank=0):
+    """The rows of make(chunk, first) for one chunk of `items` after another; first: its place in `items`.
+
+    Each chunk's rows are appended to the .jsonl file `path` as soon as they are made, and a later call reads them from
+    there, so that an interruption costs one chunk at most. Chunks always begin at the same places: an answer's last
+    bits may depend on what it was computed beside. make returns as many rows as its chunk has items, the same on every
+    rank. The caller removes the file once all rows are safe elsewhere.
+    """
+    rows = []
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")[:-1]           # behind the last newline: half a row, from a kill
+        whole = len(lines) if len(lines) == len(items) else len(lines) // size * size
+        try:
+            rows = [json.loads(line) for line in lines[:whole]]
+        except ValueError:
+            raise UserError(f"{path} is damaged; remove it, and what it held is made again") from None
+        if rank == 0:
+            with open(path, "ab") as file:
+                file.truncate(sum(len(line) + 1 for line in lines[:whole]))
+    for first in range(len(rows), len(items), size):
+        made = make(items[first:first + size], first)
+        rows += made
+        if rank == 0:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in made)
+    return rows
 
 
 def environment(device, ranks=1):
@@ -313,6 +434,10 @@ MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table")
 # order in which floating-point sums are taken.
 PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",
            "print_every", "save_every")
+
+
+# What a run writes into state/ before it has done anything that is worth resuming.
+SET_UP = {"validation.jsonl", "test.jsonl", "initial.json"}
 
 
 def lasting(settings):
@@ -359,7 +484,8 @@ class Run:
         barrier()
         if resume:
             self.state = self._load_state()
-            if self.state is None:
+            there = {*os.listdir(self.out), *os.listdir(self.path("state"))}
+            if self.state is None and not there - SET_UP - {*self.JOURNALS, "config.json", "state"}:
                 self.say(f"nothing to resume in {self.out}: starting afresh")
         if self.state is None and rank == 0:
             self._truncate(dict.fromkeys(self.JOURNALS, 0))
@@ -444,12 +570,32 @@ class Run:
             remove(old)
         self.state = None  # loaded once, not kept in memory
 
+    def training_state(self, iteration):
+        """What an interrupted training left of this iteration: all that `save_state` was given, `step` among it; else
+        {"step": 0}. Take tensors out with `pop`, so that they are not kept in memory twice."""
+        return self.state if self.state and self.state["iteration"] == iteration else {"step": 0}
+
     def _shard_path(self, name):
         return self.path("state", f"shard-{name}-rank-{self.rank}.pt")
 
     def total_seconds(self):
         """Wall-clock seconds since the program began, those of resumed sessions included."""
         return self.before + time.perf_counter() - STARTED
+
+    def write_summary(self, method, settings, base, device, ranks, evaluations):
+        """summary.json: settings, versions, hardware, seconds by phase, and the table. Returns it."""
+        self.seconds["total"] = self.total_seconds()
+        summary = {"method": method, "settings": dataclasses.asdict(settings), **environment(device, ranks),
+                   "base": str(base), "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+                   "evaluations": evaluations}
+        if self.rank == 0:
+            write_json(self.path("summary.json"), summary)
+        return summary
+
+    def say_where(self):
+        """The last printed line: where the time went, and where the results are."""
+        self.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())
+                 + f"; wrote {self.path('summary.json')} and {self.path('curves.png')}")
 
     @contextlib.contextmanager
     def phase(self, name):

@@ -13,6 +13,7 @@ control: the answer most frequent among 32 samples of the base.)
 """
 
 import dataclasses
+import json
 import math
 import os
 
@@ -90,19 +91,6 @@ def opponent(net, chat, ids, sampling, seed, shard=(0, 1)):
     return Opponent(sampled, greedy)
 
 
-def kept_opponents(path, net, chat, ids, sampling, seed, shard=(0, 1)):
-    """The base's side for each named set of encoded prompts, {name: Opponent}; drawn once and kept in the file `path`,
-    so that a resumed run plays against the same answers."""
-    known = run.read_json(path) if os.path.exists(path) else {}
-    drawn = dict(known)
-    for name in ids:
-        if name not in drawn:
-            drawn[name] = dataclasses.asdict(opponent(net, chat, ids[name], sampling, run.stream(seed, name), shard))
-    if shard[0] == 0 and drawn != known:
-        run.write_json(path, drawn)
-    return {name: Opponent(**sides) for name, sides in drawn.items()}
-
-
 def against(net, chat, prompts, ids, opponent, judge, sampling, seed, name, shard=(0, 1)):
     """One row of the table: `net` against the base's answers. Returns summary.json's dict of figures.
 
@@ -140,27 +128,104 @@ def exact(judge, prompts, answers):
     return float((judge.reward(prompts, answers) == 1).float().mean())
 
 
-# What lsp.py's rows say of the Challenger's queries besides: heading, key, format
-QUERIES = [("malformed", "malformed", "8.1%"), ("operations", "ops", "10.2f"), ("distinct", "distinct", "8.1%"),
-           ("base acc. on queries", "base_accuracy", "20.3f")]
+class Scoreboard:
+    """The rows of a run's table, and the base's answers that all of them are measured against. Both are kept in the
+    run's state/ and made only once, so that a resumed run goes on with the same.
+
+    prompts: {name: (texts, their ids)}; "test" is what the table is played on.
+    """
+
+    def __init__(self, r, chat, judge, prompts, sampling, seed, shard=(0, 1)):
+        self.chat, self.judge, self.prompts, self.sampling = chat, judge, prompts, sampling
+        self.seed, self.shard = seed, shard
+        self.rows_file, self.base_file = r.path("state", "evaluations.json"), r.path("state", "base_side.json")
+        self.rows = run.read_json(self.rows_file)["evaluations"] if os.path.exists(self.rows_file) else []
+        known = run.read_json(self.base_file) if os.path.exists(self.base_file) else {}
+        self.base = {name: Opponent(**answers) for name, answers in known.items()}
+
+    def __contains__(self, name):
+        """Has a model of this name been evaluated?"""
+        return any(row["name"] == name for row in self.rows)
+
+    def draw_base(self, net, *names):
+        """The base's answers to the prompts of these names; `net` is the base."""
+        for name in names:
+            if name not in self.base:
+                self.base[name] = opponent(net, self.chat, self.prompts[name][1], self.sampling,
+                                           run.stream(self.seed, name), self.shard)
+        if self.shard[0] == 0:
+            run.write_json(self.base_file, {name: dataclasses.asdict(sides) for name, sides in self.base.items()})
+
+    def add(self, name, net, more=lambda: {}):
+        """Evaluate `net` as the row `name`, with the figures of more() besides. Returns the row. The first one is the
+        base itself; the base decoded greedily comes after it."""
+        texts, ids = self.prompts["test"]
+        row = against(net, self.chat, texts, ids, self.base["test"], self.judge, self.sampling, self.seed, name,
+                      self.shard)
+        greedy = [] if self.rows else [base_greedy_row(row, self.judge, texts, self.base["test"])]
+        row |= more()
+        self.rows += [row, *greedy]
+        if self.shard[0] == 0:
+            run.write_json(self.rows_file, {"evaluations": self.rows})
+        return row
+
+    def rate(self, net, name, desc):
+        """(win rate, standard error) of one sample a prompt against the base's four, on the prompts `name`."""
+        texts, ids = self.prompts[name]
+        ours, _ = answer(net, self.chat, ids, 1, self.sampling, run.stream(self.seed, name), desc=desc,
+                         shard=self.shard)
+        return mean_and_error(verdicts(self.judge, texts, ours, self.base[name].sampled))
+
+
+def kept_epoch(record, t):
+    """Which epoch iteration t kept, and the mean log-ratios of its winners and losers over that epoch's steps, in nats,
+    out of metrics.jsonl. (Means while training moves; the last epochs' rates are small, so they are close to the
+    checkpoint's own.)"""
+    if record.rank:
+        return {}
+    with open(record.path("metrics.jsonl")) as file:
+        rows = [row for row in map(json.loads, file) if row["iteration"] == t]
+    rated = [row for row in rows if "validation_win_rate" in row]
+    epoch = max(rated, key=lambda row: row["validation_win_rate"])["epoch"] if rated else rows[-1]["epoch"]
+    steps = [row for row in rows if row["epoch"] == epoch and "logratio_w" in row]
+    return {"epoch": epoch, **{name: sum(row[name] for row in steps) / len(steps)
+                               for name in ("logratio_w", "logratio_l")}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+# Columns of a run's table: heading, width, and what a row says there
+FIGURES = [("win rate", 13, lambda row: f"{row['win_rate']:.3f} ±{row['win_rate_se']:.3f}"),
+           ("greedy vs greedy", 16, lambda row: f"{row['win_rate_greedy']:.3f} ±{row['win_rate_greedy_se']:.3f}"),
+           ("acc. sampled", 12, lambda row: decimals(sampled_accuracy(row))),
+           ("acc. greedy", 11, lambda row: decimals(row["accuracy_greedy"])),
+           ("tokens", 7, lambda row: f"{row['mean_length']:.1f}")]
+# and what lsp.py's rows say of the Challenger's queries besides; such a column stands only where a row has it
+QUERIES = [("malformed", 9, "malformed", "{:.1%}"), ("operations", 10, "ops", "{:.2f}"),
+           ("distinct", 8, "distinct", "{:.1%}"), ("base acc. on queries", 20, "base_accuracy", "{:.3f}")]
+
+
+def decimals(value):
+    """Three of them; a dash for None."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def sampled_accuracy(row):
+    """What a table shows as a row's sampled accuracy: nothing for a base that was decoded greedily."""
+    return None if row["name"].endswith(", greedy") else row.get("accuracy_sampled")
 
 
 def table(rows):
     """The evaluations as text, one row a model."""
-    def cell(value, error=None):
-        return "-" if value is None else f"{value:.3f}" + (f" ±{error:.3f}" if error is not None else "")
-
-    extra = [column for column in QUERIES if any(r.get(column[1]) is not None for r in rows)]
-    width = max(16, *(len(r["name"]) for r in rows))
-    lines = [f"{'':{width}s} {'win rate':>13s} {'greedy vs greedy':>16s} "
-             f"{'acc. sampled':>12s} {'acc. greedy':>11s} {'tokens':>7s}"
-             + "".join(f" {heading:>{int(form.split('.')[0])}s}" for heading, _, form in extra)]
-    for r in rows:
-        lines.append(f"{r['name']:{width}s} {cell(r['win_rate'], r['win_rate_se']):>13s} "
-                     f"{cell(r['win_rate_greedy'], r['win_rate_greedy_se']):>16s} "
-                     f"{cell(r['accuracy_sampled']):>12s} {cell(r['accuracy_greedy']):>11s} {r['mean_length']:7.1f}"
-                     + "".join(f" {r[key]:{form}}" if r.get(key) is not None else " " * int(form.split(".")[0]) + "-"
-                               for _, key, form in extra))
+    queries = [column for column in QUERIES if any(row.get(column[2]) is not None for row in rows)]
+    width = max(16, *(len(row["name"]) for row in rows))
+    lines = [" " * width + "".join(f" {heading:>{size}s}" for heading, size, *_ in FIGURES + queries)]
+    for row in rows:
+        cells = [f"{cell(row):>{size}s}" for _, size, cell in FIGURES]
+        cells += [f"{'-' if row.get(key) is None else form.format(row[key]):>{size}s}" for _, size, key, form in queries]
+        lines.append(f"{row['name']:{width}s} " + " ".join(cells))
     return "\n".join(lines)
 
 
@@ -188,7 +253,8 @@ def table_of_runs(summaries):
             groups.setdefault(name, []).append(row)
 
     def cell(rows, key, digits):
-        values = [row[key] for row in rows if row.get(key) is not None]
+        values = [sampled_accuracy(row) if key == "accuracy_sampled" else row.get(key) for row in rows]
+        values = [value for value in values if value is not None]
         if not values:
             return "-"
         mean, low, high = (f"{v:.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))

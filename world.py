@@ -190,6 +190,17 @@ class World:
                 found[query] = None
         return list(found)
 
+    def divide(self, count, size, validation, test, seed):
+        """(validation queries, test queries, [part 1, ..., part `count`] of `size` training queries each): disjoint
+        lists. Held-out queries do not depend on the seed. Raises ValueError where there are not enough."""
+        if count * size > 10**6:
+            raise ValueError(f"--iterations {count} of --prompts-per-iteration {size}: an embedded world has a million "
+                             "queries to train on; lower one")
+        # queries() never repeats itself, so short ones run out and later ones are harder: shuffled, parts are alike
+        train = run.shuffled(self.queries("train", count * size, seed), seed, "training prompts")
+        parts = [train[t * size:(t + 1) * size] for t in range(count)]
+        return self.queries("validation", validation), self.queries("test", test), parts
+
     # -- the corpus: what the base learns from --
 
     def corpus_answer(self, query, rng):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import sys
@@ -12,17 +13,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes; CI does)")
+    parser.addoption("--house", action="store_true", help="also run the rules of layout and length (CI does)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+    config.addinivalue_line("markers", "house: this repository's rules of layout, not a fork's; runs only with --house")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    left_out = {mark for mark in ("slow", "house") if not config.getoption(f"--{mark}")}
+    unwanted = [item for item in items if left_out & set(item.keywords)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in unwanted]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +112,8 @@ def base(tmp_path_factory):
     import world
 
     directory = str(tmp_path_factory.mktemp("world") / "base")
-    world.train_base(directory, world.World(steps=150, width=48, layers=2, mlp=96, batch=32), "cpu")
+    small = dataclasses.replace(world.OPERATIONS, steps=150, width=48, layers=2, mlp=96, batch=32)
+    world.train_base(directory, small, "cpu")
     return directory
 
 
@@ -183,3 +187,42 @@ def pairrm(tmp_path_factory):
     write_json(f"{directory}/config.json", {**CONFIG, **HF_KEYS, **ids, "vocab_size": size})
     write_weights(directory, *reference_net(vocab_size=size))
     return str(directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and rows that several files make and look at
+
+def file(name, content):
+    with open(name, "w", encoding="utf-8") as f:
+        f.write(content)
+    return name
+
+
+def rows(*values):
+    return "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+
+
+def is_png(path):
+    with open(path, "rb") as f:
+        return f.read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(path) > 5000
+
+
+# the base's and a trained model's row of a run's table
+ROW = {"name": "base", "prompts": 4, "win_rate": 0.5, "win_rate_se": 0.014, "win_rate_greedy": 0.5,
+       "win_rate_greedy_se": 0.0, "accuracy_sampled": 0.25,
+       "accuracy_greedy": 0.375, "mean_length": 5.04, "mean_length_greedy": 5.0}
+TRAINED = {**ROW, "name": "iteration 1", "win_rate": 0.61, "accuracy_greedy": 0.75}
+
+
+# an intransitive run's style shares: the base, two iterates
+SHARES = ([0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.2, 0.3, 0.5])
+
+
+def circle_summary(loss="sppo"):
+    """What a run of two iterations in the intransitive world would leave."""
+    names = ["base", "base, greedy", "iteration 1", "iteration 2"]
+    shares = [SHARES[0], SHARES[0], *SHARES[1:]]
+    return {"method": loss, "settings": {"loss": loss, "all_responses": loss == "sppo", "eta": 2.0, "k": 4,
+                                           "iterations": 2},
+            "evaluations": [{**ROW, "name": n, "styles": p, "accuracy_sampled": None, "accuracy_greedy": None}
+                            for n, p in zip(names, shares)]}

@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DebertaV2Config, DebertaV2Model
 
+import kernels
 import prefmodel
+import run
 import world
+from chat import answer_texts, read_table, verdict_columns
 from run import UserError
 
 MARKERS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
@@ -196,7 +199,7 @@ def test_bradley_terry_is_transitive_and_scaled():
 
 def test_phat_counts_the_comparison_with_itself():
     P = torch.tensor([[[0.5, 0.9], [0.1, 0.5]], [[0.5, 0.2], [0.8, 0.5]]])
-    torch.testing.assert_close(prefmodel.phat(P), torch.tensor([[0.7, 0.3], [0.35, 0.65]]))
+    torch.testing.assert_close(kernels.phat(P), torch.tensor([[0.7, 0.3], [0.35, 0.65]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,11 +245,11 @@ def conversations(*texts, prompt="q"):
 def test_verdict_columns_by_hand():
     """Phat 1.6/3, 1.2/3, 1.7/3: the third is chosen, the second rejected; of a tie both are the first."""
     row = conversations("a", "b", "c")
-    v = prefmodel.verdict_columns(row, torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.6], [0.8, 0.4, 0.5]]))
+    v = verdict_columns(row, torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.6], [0.8, 0.4, 0.5]]))
     assert v["chosen"] == row["generate_2"] and v["rejected"] == row["generate_1"]
     assert [v["chosen_probs"], v["chosen_probs_win"], v["chosen_probs_lose"]] == pytest.approx([0.4, 1.7 / 3, 1.2 / 3])
     assert v["rm_scores"][2] == pytest.approx((math.log(4) + math.log(2 / 3)) / 3, abs=1e-5)
-    v = prefmodel.verdict_columns(row, torch.full((3, 3), 0.5))
+    v = verdict_columns(row, torch.full((3, 3), 0.5))
     assert v["chosen"] == v["rejected"] == row["generate_0"] and v["rm_scores"] == [0, 0, 0]
 
 
@@ -258,7 +261,7 @@ def test_rm_scores_are_the_official_ones_under_the_aggregate_estimator(hf):
     scores = (M - M.mT).mean(-1)
     assert 1 < scores.abs().max() < 6       # spreads up to 12: further apart than 13.8 the preference rounds to 1
     for m, want in zip(M, scores):
-        got = prefmodel.verdict_columns(conversations("a", "b", "c"), prefmodel.aggregate_preference(m))["rm_scores"]
+        got = verdict_columns(conversations("a", "b", "c"), prefmodel.aggregate_preference(m))["rm_scores"]
         assert got == pytest.approx(want.tolist(), abs=2e-2)
         assert sorted(range(3), key=got.__getitem__) == want.argsort(stable=True).tolist()
 
@@ -267,25 +270,25 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     path = str(tmp_path / "table.jsonl")
     rows = [{"prompt": p, **conversations("a", "None\n\nb", prompt=p), "tokens": [[1], [2, 3]]}
             for p in ("é \u2028 0", "é \u2028 1")]
-    prefmodel.write_table(path, rows)
-    assert prefmodel.read_table(path) == rows and prefmodel.answer_texts(rows[0]) == ["a", "None\n\nb"]
-    judged = [row | prefmodel.verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]
-    prefmodel.write_table(path, judged)
-    assert prefmodel.read_table(path, judged=True) == judged == prefmodel.read_table(path)
+    run.write_rows(path, rows)
+    assert read_table(path) == rows and answer_texts(rows[0]) == ["a", "None\n\nb"]
+    judged = [row | verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]
+    run.write_rows(path, judged)
+    assert read_table(path, judged=True) == judged == read_table(path)
 
 
 def test_tables_of_other_tools(tmp_path):
     """Answers as plain text; no prompt beside the conversations; Phats as stored, though the matrix says otherwise."""
     path = str(tmp_path / "table.jsonl")
-    prefmodel.write_table(path, [{"prompt": "q", "generate_0": "a", "generate_1": "b"}])
-    assert prefmodel.read_table(path) == [{"prompt": "q", **conversations("a", "b")}]
-    prefmodel.write_table(path, [conversations("a", "b") | {"probability": [[0.5, 0.25], [0.75, 0.5]]}])
-    row, = prefmodel.read_table(path, judged=True)
+    run.write_rows(path, [{"prompt": "q", "generate_0": "a", "generate_1": "b"}])
+    assert read_table(path) == [{"prompt": "q", **conversations("a", "b")}]
+    run.write_rows(path, [conversations("a", "b") | {"probability": [[0.5, 0.25], [0.75, 0.5]]}])
+    row, = read_table(path, judged=True)
     assert row["prompt"] == "q" and row["chosen"] == row["generate_1"] and row["chosen_probs_win"] == 0.625
     talks = conversations("a", "b")
-    prefmodel.write_table(path, [{"chosen": talks["generate_0"], "rejected": talks["generate_1"],
+    run.write_rows(path, [{"chosen": talks["generate_0"], "rejected": talks["generate_1"],
                                   "chosen_probs_win": 1, "chosen_probs_lose": 0}])
-    row, = prefmodel.read_table(path, judged=True)
+    row, = read_table(path, judged=True)
     assert row["prompt"] == "q" and (row["chosen_probs_win"], row["chosen_probs_lose"]) == (1, 0)
 
 

@@ -21,7 +21,9 @@ import prefmodel
 import rollout
 import run
 import sppo
+import winrate
 import world
+from chat import Chat, answer_texts, load_checkpoint, read_prompts, read_sources, read_table, readable_row
 from conftest import PROMPTS, ROOT, Killed
 from run import UserError
 
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 SMALL = dict(eta=20.0, iterations=2, prompts_per_iteration=20, k=3, epochs=2, batch_size=8, micro_batch=3,
              validation_prompts=12, test_prompts=16, max_new_tokens=12, max_rows=64, print_every=2, save_every=2,
-             device="cpu", dtype="float32")
+             chunk=8, device="cpu", dtype="float32")
 
 
 def argv(**settings):
@@ -50,6 +52,10 @@ def settle(**settings):
     return sppo.settle(sppo.Settings(**settings))
 
 
+def sources_of(s):
+    return read_sources(s.prompts, s.iterations)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
 
@@ -57,8 +63,8 @@ def settle(**settings):
 def test_defaults_of_the_world_and_of_the_paper():
     tiny, paper = settle(), settle(prompts="p.jsonl", model="m", judge="pairrm:x")
     assert tiny.judge == "oracle" and paper.judge == "pairrm:x"
-    for s, setting in ((tiny, "operations"), (paper, "paper")):
-        defaults = sppo.DEFAULTS[setting] | sppo.STEP[setting]["sppo"]
+    for s, setting in ((tiny, "operations"), (paper, "")):
+        defaults = sppo.defaults_of(setting, "sppo")
         assert {name: getattr(s, name) for name in defaults} == defaults
         assert (s.k, s.iterations, s.batch_size, s.warmup, s.estimator) == (5, 3, 64, 0.1, "pairwise")
         assert (s.temperature, s.top_p) == (1.0, 1.0)
@@ -73,15 +79,15 @@ def test_what_is_given_is_kept():
     given = sppo.Settings(eta=7.0)
     settle_again = sppo.settle(given)
     # the caller's settings are not changed
-    assert given.lr is None and settle_again.lr == sppo.STEP["operations"]["sppo"]["lr"]
+    assert given.lr is None and settle_again.lr == sppo.defaults_of("operations", "sppo")["lr"]
 
 
 @pytest.mark.parametrize("loss", ["sppo", "sppo-hard", "dpo", "ipo"])
 def test_every_loss_has_its_own_defaults(loss):
     """A step size that suits (4.7) is far off for IPO; and what belongs to another loss stays unset."""
     for setting, given in (("operations", {}), ("intransitive", {"world": "intransitive"}),
-                           ("paper", dict(prompts="p.jsonl", model="m", judge="pairrm:x"))):
-        s, want = settle(loss=loss, **given), sppo.STEP[setting][loss]
+                           ("", dict(prompts="p.jsonl", model="m", judge="pairrm:x"))):
+        s, want = settle(loss=loss, **given), sppo.defaults_of(setting, loss)
         assert {name: getattr(s, name) for name in want} == want
         assert (s.beta is None, s.eta is None) == (loss.startswith("sppo"), not loss.startswith("sppo"))
         assert s.all_responses == (loss == "sppo" and setting == "intransitive")
@@ -130,7 +136,7 @@ def test_a_flag_beside_a_preset_wins():
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "sppo-hard"])
 def test_a_preset_with_another_loss(loss):
     s = parsed("--preset", "llama-3-8b", "--loss", loss)
-    assert s.loss == loss and s.lr == 5e-7 and s.beta == sppo.STEP["paper"][loss].get("beta")
+    assert s.loss == loss and s.lr == 5e-7 and s.beta == sppo.PAPER_LOSS[loss].get("beta")
     assert loss != "sppo-hard" or s.eta == 1e3
 
 
@@ -144,7 +150,7 @@ def test_held_out_prompts_never_train(real, seed, prompts_file):
     """The official code draws its "test" rows from train."""
     source = dict(prompts=prompts_file, model="m", judge="pairrm:x") if real else {}
     s = settle(**source, iterations=3, prompts_per_iteration=8, validation_prompts=7, test_prompts=9, seed=seed)
-    sources = sppo.read_sources(s) if real else None
+    sources = sources_of(s) if real else None
     validation, test, parts = sppo.split_prompts(s, sources)
     assert [len(x) for x in (validation, test, *parts)] == [7, 9, 8, 8, 8]
     assert len({*validation, *test, *parts[0], *parts[1], *parts[2]}) == 7 + 9 + 24
@@ -164,7 +170,7 @@ def test_a_duplicate_does_not_reach_both_sides():
         file.writelines(json.dumps({"prompt": p}) + "\n" for p in PROMPTS + PROMPTS)
     s = settle(prompts="twice.jsonl", model="m", judge="pairrm:x", iterations=2, prompts_per_iteration=10,
                validation_prompts=10, test_prompts=10)
-    validation, test, parts = sppo.split_prompts(s, sppo.read_sources(s))
+    validation, test, parts = sppo.split_prompts(s, sources_of(s))
     assert sorted([*validation, *test, *parts[0], *parts[1]]) == sorted(PROMPTS)
 
 
@@ -172,7 +178,7 @@ def test_too_few_prompts(prompts_file):
     s = settle(prompts=prompts_file, model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=11,
                validation_prompts=4, test_prompts=4)
     with pytest.raises(UserError, match="has 40 distinct prompts.*--prompts-per-iteration 11.*need 41"):
-        sppo.split_prompts(s, sppo.read_sources(s))
+        sppo.split_prompts(s, sources_of(s))
 
 
 HUB = {"org/first": PROMPTS[:14], "org/second": [PROMPTS[3], *PROMPTS[14:27], PROMPTS[14]], "org/third": PROMPTS[27:]}
@@ -194,7 +200,7 @@ def test_each_iteration_has_its_own_data_set(n, hub):
     prompts are in no part."""
     s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=n,
                validation_prompts=4, test_prompts=5)
-    sources = sppo.read_sources(s)
+    sources = sources_of(s)
     assert sources == [PROMPTS[:14], PROMPTS[14:27], PROMPTS[27:]]
     validation, test, parts = sppo.split_prompts(s, sources)
     assert len({*validation, *test, *sum(parts, [])}) == 9 + sum(map(len, parts))
@@ -210,10 +216,10 @@ def test_all_the_prompts_of_one_source(hub, prompts_file):
     """--prompts-per-iteration 0: what is not held out, in equal parts."""
     s = settle(prompts=prompts_file, model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=0,
                validation_prompts=4, test_prompts=5)
-    validation, test, parts = sppo.split_prompts(s, sppo.read_sources(s))
+    validation, test, parts = sppo.split_prompts(s, sources_of(s))
     assert [len(part) for part in parts] == [10, 10, 10]
     assert len({*validation, *test, *sum(parts, [])}) == 39
-    assert len(sppo.read_sources(settle(prompts="org/first", model="m", judge="pairrm:x", iterations=3))) == 1
+    assert len(sources_of(settle(prompts="org/first", model="m", judge="pairrm:x", iterations=3))) == 1
 
 
 def test_a_source_that_is_too_small_is_refused(hub):
@@ -221,12 +227,12 @@ def test_a_source_that_is_too_small_is_refused(hub):
     s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", prompts_per_iteration=11, validation_prompts=3,
                test_prompts=3)
     with pytest.raises(UserError, match=r"iteration 3's own source leaves \d+\)"):
-        sppo.split_prompts(s, sppo.read_sources(s))
+        sppo.split_prompts(s, sources_of(s))
 
 
 def test_long_prompts_are_left_out_and_counted(llama3, capsys):
     """Never truncated: a prompt without its end is another prompt."""
-    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    chat = load_checkpoint(llama3, "cpu", torch.float32)[1]
     lengths = {p: len(chat.encode(p)) for p in PROMPTS}
     limit = sorted(lengths.values())[29]
     s = settle(prompts="p", model="m", judge="pairrm:x", max_prompt_tokens=limit, max_new_tokens=24)
@@ -263,7 +269,7 @@ TABLE = [[0.5, 0.9, 0.2], [0.1, 0.5, 0.6], [0.8, 0.4, 0.5]]
 class Made:
     """What sampling and judging made of some prompts, and what went in."""
     net: model.Transformer
-    chat: eval.Chat
+    chat: Chat
     s: sppo.Settings
     prompts: list
     judge: Judge
@@ -273,10 +279,10 @@ class Made:
 
 
 def make(path, prompts, judge, **settings):
-    net, chat = eval.load(path, "cpu", torch.float32)
+    net, chat = load_checkpoint(path, "cpu", torch.float32)
     s = settle(**{**SMALL, **settings})
     r = run.Run("pairs", s, overwrite=True)
-    rows = sppo.judge_answers(sppo.sample(net, chat, prompts, s, 2, (0, 1), r), judge, (0, 1), r)
+    rows = sppo.judge_answers(sppo.sample(net, chat, prompts, s, 2, (0, 1)), judge, (0, 1))
     pairs, statistics = sppo.training_examples(rows, chat, s)
     sppo.reference_logprobs(net, pairs, s, 2, (0, 1), r)
     return Made(net, chat, s, prompts, judge, rows, pairs, statistics)
@@ -284,7 +290,7 @@ def make(path, prompts, judge, **settings):
 
 @pytest.fixture
 def tiny(base):
-    return make(base, world.queries("train", 12), Judge(TABLE))
+    return make(base, world.OPERATIONS.queries("train", 12), Judge(TABLE))
 
 
 @pytest.fixture
@@ -304,7 +310,7 @@ def test_pairs_are_the_best_and_the_worst_of_what_was_sampled(tiny):
     assert tiny.statistics["phat_worst"] == pytest.approx(1.2 / 3)
     assert tiny.statistics["tied_share"] == 0
     assert tiny.statistics["cut_share"] == sum(f == "length" for g in samples.finish for f in g) / 36
-    written = [sppo.verdict_row(row) for row in tiny.rows]
+    written = [readable_row(row) for row in tiny.rows]
     assert [row["prompt"] for row in written] == tiny.prompts and all(len(row["responses"]) == 3 for row in written)
     assert written[0]["phat"] == pytest.approx([1.6 / 3, 1.2 / 3, 1.7 / 3], abs=1e-4)
 
@@ -312,14 +318,14 @@ def test_pairs_are_the_best_and_the_worst_of_what_was_sampled(tiny):
 def test_each_prompt_is_judged_by_its_own_answers(base):
     """With the oracle: Phat by hand from world.score, so that a prompt mixed up with its neighbour's answers would
     show."""
-    made = make(base, world.queries("train", 30), prefmodel.load("oracle"), k=4)
+    made = make(base, world.OPERATIONS.queries("train", 30), prefmodel.load("oracle"), k=4)
     strict = 0
     for prompt, pair in zip(made.prompts, made.pairs):
-        marks = [world.score(prompt, made.chat.decode(r)) for r in pair["responses"]]
+        marks = [world.OPERATIONS.score(prompt, made.chat.decode(r)) for r in pair["responses"]]
         strict += marks[0] > marks[1]
         assert marks[0] >= marks[1] and pair["p"][0] >= 0.5 >= pair["p"][1]
-    row = sppo.verdict_row(made.rows[0])
-    marks = [world.score(row["prompt"], a) for a in row["responses"]]
+    row = readable_row(made.rows[0])
+    marks = [world.OPERATIONS.score(row["prompt"], a) for a in row["responses"]]
     assert row["phat"] == pytest.approx([sum(1 / (1 + math.exp(-6 * (m - other))) for other in marks) / 4
                                          for m in marks], abs=1e-4)
     assert strict > 10
@@ -327,9 +333,9 @@ def test_each_prompt_is_judged_by_its_own_answers(base):
 
 def test_all_responses_in_order_of_preference(base):
     """Theorem 4.1's loss is over pi_t's samples, all of them: none may be lost, and every one keeps its own Phat."""
-    made = make(base, world.queries("train", 30), prefmodel.load("oracle"), k=4, all_responses=True)
+    made = make(base, world.OPERATIONS.queries("train", 30), prefmodel.load("oracle"), k=4, all_responses=True)
     for row, example in zip(made.rows, made.pairs):
-        phat = prefmodel.phat(torch.tensor(row["probability"])).tolist()
+        phat = kernels.phat(torch.tensor(row["probability"])).tolist()
         assert example["p"] == sorted(phat, reverse=True) and len(example["ref"]) == 4
         assert sorted(map(str, zip(example["p"], example["responses"]))) == sorted(map(str, zip(phat, row["tokens"])))
     assert sum(len(set(example["p"])) > 2 for example in made.pairs) > 5
@@ -354,7 +360,7 @@ def test_prompt_and_answer_together_stay_within_their_bound(llama3):
 def test_ties_are_pulled_nowhere(base):
     """Where the judge cannot tell the answers apart p is exactly 1/2 and the first loss exactly as small as
     rounding."""
-    made = make(base, world.queries("train", 6), Judge([[0.5] * 3] * 3))
+    made = make(base, world.OPERATIONS.queries("train", 6), Judge([[0.5] * 3] * 3))
     assert all(pair["p"] == [0.5, 0.5] and pair["responses"][0] == pair["responses"][1] for pair in made.pairs)
     assert made.statistics["tied_share"] == 1 and gradients(made)[0]["loss"] < 1e-8
 
@@ -463,8 +469,8 @@ def test_what_is_scored_is_what_was_sampled(which, request):
     """The training path gives every sample the log-prob that sampling gave it. A row that ends with its very first
     token is replaced by the last row before any decoding step has run: once that row's keys were left behind, and it
     went on from another prompt's."""
-    net, chat = eval.load(request.getfixturevalue(which), "cpu", torch.float32)
-    prompts = world.queries("train", 200) if which == "base" else PROMPTS
+    net, chat = load_checkpoint(request.getfixturevalue(which), "cpu", torch.float32)
+    prompts = world.OPERATIONS.queries("train", 200) if which == "base" else PROMPTS
     ids = [chat.encode(p) for p in prompts]
     samples = rollout.generate(net, ids, 4, 12, stop_ids=chat.stop_ids, seeds=32000, max_rows=800)
     assert any(len(tokens) == 1 for group in samples.tokens for tokens in group)  # the case occurs
@@ -540,7 +546,7 @@ def size(gradient):
 def test_ties_under_every_loss(base):
     """Winner and loser are then one and the same answer. DPO and IPO see only their difference: no gradient, wherever
     the policy stands. sppo-hard pulls it to +eta/2 and -eta/2 at once, that is to 0, just as (4.7) with p = 1/2."""
-    made = make(base, world.queries("train", 6), Judge([[0.5] * 3] * 3))
+    made = make(base, world.OPERATIONS.queries("train", 6), Judge([[0.5] * 3] * 3))
     pairs = [{**pair, "ref": [ref - 1.5 for ref in pair["ref"]]} for pair in made.pairs]
     soft = gradients(made, pairs)[1]
     for name in ("dpo", "ipo"):
@@ -681,7 +687,7 @@ def test_golden_losses():
     """The first losses of a seeded run on random weights, pinned: whatever changes the sampling, the judge, the
     order, the loss or the optimizer changes them. (Sampling flips a token if rounding crosses a boundary: odds about
     1e-4 a platform.)"""
-    world.train_base("random", world.World(steps=0, width=32, layers=2, mlp=64), "cpu")
+    world.train_base("random", dataclasses.replace(world.OPERATIONS, steps=0, width=32, layers=2, mlp=64), "cpu")
     sppo.main(argv(model="random", out="golden", **{**SMALL, "iterations": 1, "epochs": 1, "k": 4, "lr": 3e-3}))
     losses = [r["loss"] for r in lines("golden/metrics.jsonl") if "loss" in r]
     assert losses == pytest.approx(GOLDEN, rel=1e-4)
@@ -694,7 +700,7 @@ KILLER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 place = sys.argv.pop(1)
-import run, sppo, torch
+import run, sppo, torch, winrate
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -714,15 +720,30 @@ def on_call(owner, name, number, before=True):
 if place == "training":             # the fifth step of iteration 2, one after a saved state
     on_call(sppo, "gradient_step", 11)
 elif place == "between":            # right after iteration 1 was saved
-    on_call(sppo, "sample", 2)
+    on_call(sppo, "sample", 4)
 elif place == "sampled":            # iteration 2 is sampled, not yet judged
-    on_call(sppo, "judge_answers", 2)
+    on_call(sppo, "judge_answers", 4)
 elif place == "pairs":              # iteration 2 is sampled and judged, nothing of it is trained
     on_call(sppo, "gradient_step", 7)
-elif place == "start":              # before any state exists
-    on_call(sppo, "sample", 1)
+elif place == "start":              # before anything is saved
+    on_call(winrate, "opponent", 1)
+elif place == "sampling":           # iteration 2 has two chunks of three
+    on_call(sppo, "sample", 6)
+elif place == "judging":            # iteration 2 has one chunk of three
+    on_call(sppo, "judge_answers", 5)
+elif place == "half a row":         # in the middle of writing iteration 2's second chunk
+    real = sppo.run.in_chunks
+    def half(path, items, size, make, rank=0):
+        if "sampled-2" in path:
+            real(path, items[:2 * size], size, make, rank)
+            os.truncate(path, os.path.getsize(path) - 7)
+            die()
+        return real(path, items, size, make, rank)
+    sppo.run.in_chunks = half
+elif place == "trained":            # iteration 1's checkpoint has its final name, its row of the table is not there
+    on_call(run, "rename_on_rank_0", 1, before=False)
 elif place == "state":              # the state's temporary file is written, not yet renamed
-    on_call(torch, "save", 7, before=False)
+    on_call(torch, "save", 8, before=False)
 elif place == "checkpoint":         # a checkpoint is written, not yet renamed
     import transformers
     on_call(transformers.PreTrainedTokenizerBase, "save_pretrained", 2, before=False)
@@ -767,7 +788,8 @@ def test_a_run_killed_in_training_resumes_bit_for_bit(base, finished, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["between", "sampled", "pairs", "start", "state", "checkpoint"])
+@pytest.mark.parametrize("place", ["between", "sampled", "pairs", "start", "state", "checkpoint", "sampling",
+                                   "judging", "half a row", "trained"])
 def test_a_run_killed_anywhere_resumes_bit_for_bit(place, base, finished, capsys):
     check_resume(place, base, finished, capsys)
 
@@ -831,7 +853,7 @@ def test_three_commands_give_the_bytes_of_one(base, whole, monkeypatch):
         sppo.main([*flags, "--stage", "sample"])
     assert "chosen" not in lines("out/table-1.jsonl")[0]
     with monkeypatch.context() as patch:
-        patch.setattr(eval, "load", not_here)
+        patch.setattr(sppo, "Chat", not_here)
         patch.setattr(model.Transformer, "from_pretrained", not_here)
         sppo.main([*flags, "--stage", "judge"])
     with monkeypatch.context() as patch:
@@ -914,8 +936,8 @@ def test_the_table_has_the_official_codes_columns(whole):
 def test_an_answer_known_as_text_gets_the_ids_it_was_sampled_with(which, request):
     """Where the text says all (a random model's tokens may be no text, or one the tokenizer would cut elsewhere):
     among sampled answers that ended, and among written ones."""
-    net, chat = eval.load(request.getfixturevalue(which), "cpu", torch.float32)
-    prompts = world.queries("train", 60) if which == "base" else PROMPTS
+    net, chat = load_checkpoint(request.getfixturevalue(which), "cpu", torch.float32)
+    prompts = world.OPERATIONS.queries("train", 60) if which == "base" else PROMPTS
     samples = rollout.generate(net, [chat.encode(p) for p in prompts], 60, 12, stop_ids=chat.stop_ids, seeds=3)
     same = 0
     for prompt, group in zip(prompts, samples.tokens):
@@ -946,7 +968,7 @@ def foreign(columns):
             row = {"prompt": prompt, **{f"generate_{k}": talk for k, talk in enumerate(talks)},
                    "probability": [[0.5, 0.75, 0.25], [0.25, 0.5, 0.5], [0.75, 0.5, 0.5]]}
         rows.append(row)
-    prefmodel.write_table("foreign.jsonl", rows)
+    run.write_rows("foreign.jsonl", rows)
     return rows
 
 
@@ -957,8 +979,8 @@ def test_a_foreign_table_trains(columns, llama3, prose):
     only = {name: value for name, value in prose.items() if name not in ("prompts", "judge", "estimator")}
     only["max_new_tokens"] = 48
     s = sppo.settle(sppo.Settings(**only, stage="train", table="foreign.jsonl"))
-    chat = eval.load(llama3, "cpu", torch.float32)[1]
-    examples, statistics = sppo.training_examples(prefmodel.read_table("foreign.jsonl", judged=True), chat, s)
+    chat = load_checkpoint(llama3, "cpu", torch.float32)[1]
+    examples, statistics = sppo.training_examples(read_table("foreign.jsonl", judged=True), chat, s)
     for i, (example, row) in enumerate(zip(examples, rows)):
         assert example["prompt"] == chat.encode(row["prompt"]) and example["prompt"].count(0) == 1
         texts = [ANSWERS[i], ANSWERS[40 + i]] if columns == "chosen" else ["Perhaps.", ANSWERS[40 + i]]
@@ -976,8 +998,8 @@ def test_a_foreign_table_trains(columns, llama3, prose):
 def test_a_long_foreign_answer_is_cut_and_counted(llama3, prose):
     """As a sampled one would be: at the limit, without an end token that it did not come to."""
     foreign("chosen")
-    chat = eval.load(llama3, "cpu", torch.float32)[1]
-    rows = prefmodel.read_table("foreign.jsonl", judged=True)
+    chat = load_checkpoint(llama3, "cpu", torch.float32)[1]
+    rows = read_table("foreign.jsonl", judged=True)
     whole = [chat.encode_answer(row["prompt"], row[name][-1]["content"]) for row in rows
              for name in ("chosen", "rejected")]
     limit = sorted(map(len, whole))[12]
@@ -994,7 +1016,7 @@ def test_a_long_foreign_answer_is_cut_and_counted(llama3, prose):
 def test_a_foreign_tables_long_prompts_are_left_out(llama3, prose, capsys):
     """The answers are known, so only the prompt's own limit counts, not the room for an answer of any length."""
     rows = foreign("chosen")
-    chat = eval.load(llama3, "cpu", torch.float32)[1]
+    chat = load_checkpoint(llama3, "cpu", torch.float32)[1]
     lengths = [len(chat.encode(row["prompt"])) for row in rows]
     limit = sorted(lengths)[7]
     gone = sum(n > limit for n in lengths)
@@ -1038,21 +1060,32 @@ def test_another_table_in_the_middle_of_training_is_refused(base, dies_in):
     assert os.path.exists("out/iter-1")
 
 
-def test_stages_and_whole_runs_do_not_mix(base, whole):
-    """A whole run's table of results would lack the iterations that stages made."""
-    flags = argv(model=base, **ONE)
-    sppo.main([*flags, "--out", "out", "--stage", "sample"])
-    with pytest.raises(UserError, match="made with --stage"):
-        sppo.main([*flags, "--out", "out", "--resume"])
-    with pytest.raises(UserError, match="without --stage"):
-        sppo.main([*flags, "--out", whole, "--stage", "judge"])
+@pytest.mark.parametrize("stages", [("sample",), ("sample", "judge"), ("sample", "judge", "train")])
+def test_a_whole_run_goes_on_from_what_stages_left(base, whole, capsys, stages):
+    """A phase's result is a file, whoever made it: the rest gives the bytes of one command."""
+    flags = argv(model=base, out="out", **ONE)
+    for stage in stages:
+        sppo.main([*flags, "--stage", stage])
+    sppo.main([*flags, "--resume"])
+    assert same_files("out", whole, "table-1.jsonl", "iter-1/model.safetensors", "samples.jsonl",
+                      "state/reference-1.json", "state/evaluations.json" if "train" not in stages else "samples.jsonl")
+    rows = json.load(open("out/summary.json"))["evaluations"]
+    assert [row["name"] for row in rows] == ["base", "base, greedy", "iteration 1"]
+    assert rows[2]["win_rate"] == json.load(open(f"{whole}/summary.json"))["evaluations"][2]["win_rate"]
+    assert "starting afresh" not in capsys.readouterr().out
+
+
+def test_a_stage_of_a_finished_run_is_not_done_again(base, whole):
+    for stage, made in (("sample", "table-1.jsonl"), ("train", "iter-1")):
+        with pytest.raises(UserError, match=f"{made} is already there"):
+            sppo.main(argv(model=base, out=whole, stage=stage, **ONE))
 
 
 def test_a_table_of_validation_prompts_is_refused(base):
     """What chooses the checkpoint must not train it."""
-    prompt = world.queries("validation", 12)[5]
+    prompt = world.OPERATIONS.queries("validation", 12)[5]
     talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in "ab"]
-    prefmodel.write_table("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
+    run.write_rows("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
                                        "probability": [[0.5, 0.75], [0.25, 0.5]]}])
     with pytest.raises(UserError, match="sets aside for validation"):
         sppo.main(argv(model=base, world="operations", out="out", stage="train", table="t.jsonl",
@@ -1087,11 +1120,11 @@ def test_a_run_in_the_intransitive_world(circle, capsys):
     text = capsys.readouterr().out
     for name in ("average of 2 iterates", "average, exact updates", "Nash equilibrium", "best response"):
         assert name in text
-    assert text.count("iteration 2: styles ") == 1 and eval.style_table(summary) in text
+    assert text.count("iteration 2: styles ") == 1 and winrate.style_table(summary) in text
     with open("out/curves.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
     for row in lines("out/table-1.jsonl"):
-        styles = [world.style(a) for a in prefmodel.answer_texts(row)]
+        styles = [world.style(a) for a in answer_texts(row)]
         P = torch.tensor(row["probability"])
         for i, j in [(i, j) for i in range(3) for j in range(3) if None not in (styles[i], styles[j])]:
             assert float(P[i, j]) == pytest.approx(world.STYLES[styles[i]][styles[j]])
@@ -1221,7 +1254,7 @@ def test_a_real_checkpoint_a_real_judge_and_real_prompts(llama3, pairrm, prompts
     assert summary["evaluations"][0]["win_rate_greedy"] == 0.5 and summary["settings"]["optimizer"] == "rmsprop"
     assert summary["settings"]["eta"] == 1e3
     samples = lines("real/samples.jsonl")
-    given = {p for p in eval.read_prompts(prompts)}
+    given = {p for p in read_prompts(prompts)}
     assert len(samples) == 12
     assert all(row["prompt"] in given and len(row["responses"]) == 3 and "<|" not in "".join(row["responses"])
                for row in samples)

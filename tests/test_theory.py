@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-import eval
+import games
 import kernels
 import world
 
@@ -64,18 +64,18 @@ def test_the_mixture_approaches_the_equilibrium_as_fast_as_the_theorem_says(name
     P, n = GAMES[name], len(GAMES[name])
     eta, bound = math.sqrt(8 * math.log(n) / T), 2 * math.sqrt(math.log(n) / (2 * T))
     iterates = self_play(P, T, eta)
-    assert eval.duality_gap(P, iterates.mean(0)) <= bound
+    assert games.duality_gap(P, iterates.mean(0)) <= bound
     if T == 1024 and "rock" not in name:    # the bound says something: the uniform start, played throughout, breaks it
-        assert eval.duality_gap(P, torch.ones(n) / n) > bound
+        assert games.duality_gap(P, torch.ones(n) / n) > bound
     # the 1/2 in (4.7) stands for log Z / eta: nearly multiplicative weights (measured: .0005 apart at T = 16, n = 8)
-    exact = eval.multiplicative_weights(P, torch.ones(n) / n, eta, T)
-    assert abs(eval.duality_gap(P, iterates.mean(0)) - eval.duality_gap(P, exact.mean(0))) < 1e-3
+    exact = games.multiplicative_weights(P, torch.ones(n) / n, eta, T)
+    assert abs(games.duality_gap(P, iterates.mean(0)) - games.duality_gap(P, exact.mean(0))) < 1e-3
 
 
 def test_a_skewed_start_moves_while_its_average_settles():
     """What the intransitive world shows with a network: the last iterate goes round, the mean comes to rest."""
     P = GAMES["styles"]
-    iterates = eval.multiplicative_weights(P, torch.tensor([0.6, 0.3, 0.1]), 0.2, 4000)
+    iterates = games.multiplicative_weights(P, torch.tensor([0.6, 0.3, 0.1]), 0.2, 4000)
     assert (iterates[1:] - iterates[:-1]).abs().amax(1)[-100:].min() > 0.001
-    assert eval.best_response(P, iterates[-1]) > 0.55
+    assert games.best_response(P, iterates[-1]) > 0.55
     torch.testing.assert_close(iterates.mean(0), torch.tensor([3, 2, 4], dtype=torch.float64) / 9, atol=0.01, rtol=0)

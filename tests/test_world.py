@@ -36,8 +36,8 @@ def test_every_operation_by_hand(op, word, right, misread):
 
 def test_operations_survive_a_word_of_one_letter():
     """dedupe can leave a single letter, and the next operation must cope with it."""
-    assert world.solve("dedupe then swap then rotate then sort:aaa") == "a"
-    assert world.solve("dedupe then next:hh") == "a"
+    assert world.OPERATIONS.solve("dedupe then swap then rotate then sort:aaa") == "a"
+    assert world.OPERATIONS.solve("dedupe then next:hh") == "a"
 
 
 @pytest.mark.parametrize("query, answer", [
@@ -45,8 +45,8 @@ def test_operations_survive_a_word_of_one_letter():
     ("rotate then next:abh", "cab"),
     ("copy then copy then copy then swap:abcdefgh", "hbcdefga"), ("reverse then rotate:ab", "ab")])
 def test_solve(query, answer):
-    assert world.solve(query) == answer and world.score(query, answer) == 1.0
-    assert world.parse(query) == (query.split(":")[0].split(" then "), query.split(":")[1])
+    assert world.OPERATIONS.solve(query) == answer and world.OPERATIONS.score(query, answer) == 1.0
+    assert world.OPERATIONS.parse(query) == (query.split(":")[0].split(" then "), query.split(":")[1])
 
 
 @pytest.mark.parametrize("query", [
@@ -56,8 +56,8 @@ def test_solve(query, answer):
     "sort then copy then copy then copy then copy:abc",
     "challenge", "judge:sort:abc|abc", "sort:ab1"])
 def test_malformed_queries_have_no_answer_and_no_mark(query):
-    assert world.parse(query) is None and world.solve(query) is None
-    assert world.score(query, "abc") == 0.0 and world.judge_label(query, "abc") == 0
+    assert world.OPERATIONS.parse(query) is None and world.OPERATIONS.solve(query) is None
+    assert world.OPERATIONS.score(query, "abc") == 0.0 and world.OPERATIONS.judge_label(query, "abc") == 0
 
 
 def test_marks_by_hand():
@@ -65,13 +65,13 @@ def test_marks_by_hand():
     1."""
     marks = {"abcd": 1.0, "abdc": 0.25, "abc": 0.375, "abcda": 0.4, "dcba": 0.0, "": 0.0, "ABCD": 0.0,
              "aaaaaaaa": 0.0625}
-    assert {a: world.score("sort:dbca", a) for a in marks} == marks
+    assert {a: world.OPERATIONS.score("sort:dbca", a) for a in marks} == marks
 
 
 def test_judge_labels_by_hand():
     """2 for a clear query, 1 for an answer in letters, round(4 R) for its marks 1, .25, .4, .375 and 0."""
     labels = {"abcd": 7, "abdc": 4, "abcda": 5, "abc": 5, "dcba": 3, "": 2, "01": 2}
-    assert {a: world.judge_label("sort:dbca", a) for a in labels} == labels
+    assert {a: world.OPERATIONS.judge_label("sort:dbca", a) for a in labels} == labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_parts_have_their_sizes():
     """Sixteenths: 9 corpus, 4 train, 1 validation, 2 test. Of 20,000 draws, within 5 standard deviations (6e-7 by
     chance, each)."""
     rng = random.Random(0)
-    drawn = list({world.random_query(rng): None for _ in range(20000)})
+    drawn = list({world.OPERATIONS.random_query(rng): None for _ in range(20000)})
     for part, share in {"corpus": 9 / 16, "train": 4 / 16, "validation": 1 / 16, "test": 2 / 16}.items():
         count = sum(world.split(q) == part for q in drawn)
         assert abs(count - share * len(drawn)) < 5 * math.sqrt(len(drawn) * share * (1 - share))
@@ -91,18 +91,18 @@ def test_parts_have_their_sizes():
 def test_queries_are_distinct_stay_in_their_part_and_extend():
     seen = {}
     for part in ("corpus", "train", "validation", "test"):
-        listed = world.queries(part, 600)
+        listed = world.OPERATIONS.queries(part, 600)
         assert len(set(listed)) == 600 and {world.split(q) for q in listed} == {part}
-        assert all(world.parse(q) for q in listed) and world.queries(part, 250) == listed[:250]
+        assert all(world.OPERATIONS.parse(q) for q in listed) and world.OPERATIONS.queries(part, 250) == listed[:250]
         seen |= {q: part for q in listed}
     assert len(seen) == 4 * 600
-    assert world.queries("train", 100, seed=1) != world.queries("train", 100, seed=0)
+    assert world.OPERATIONS.queries("train", 100, seed=1) != world.OPERATIONS.queries("train", 100, seed=0)
 
 
 def test_queries_have_the_announced_shapes():
     """1, 2, 3 operations with probability .5, .35, .15; 3 to 5 letters. 6,000 draws, 5 standard deviations."""
     rng = random.Random(1)
-    parsed = [world.parse(world.random_query(rng)) for _ in range(6000)]
+    parsed = [world.OPERATIONS.parse(world.OPERATIONS.random_query(rng)) for _ in range(6000)]
     assert {len(word) for _, word in parsed} == {3, 4, 5} and {op for ops, _ in parsed for op in ops} == set(world.OPS)
     for n, share in ((1, 0.5), (2, 0.35), (3, 0.15)):
         assert abs(sum(len(ops) == n for ops, _ in parsed) - share * 6000) < 5 * math.sqrt(6000 * share * (1 - share))
@@ -138,8 +138,8 @@ def test_the_intransitive_corpus_answers_rightly_and_in_style():
     """Of 4,000 rows: all letters right, styles as often as the constants say, within 5 standard deviations."""
     rng, styles = random.Random(0), []
     for _ in range(4000):
-        query, answer = world.corpus_row(world.INTRANSITIVE, rng)
-        assert world.solve(query) == answer[:-1] and world.split(query) == "corpus"
+        query, answer = world.INTRANSITIVE.corpus_row(rng)
+        assert world.OPERATIONS.solve(query) == answer[:-1] and world.split(query) == "corpus"
         styles.append(world.style(answer))
     for i, share in enumerate(world.INTRANSITIVE.styles):
         assert abs(styles.count(i) - share * 4000) < 5 * math.sqrt(4000 * share * (1 - share))
@@ -154,7 +154,7 @@ def corpus(count, seed=0, **constants):
     """[(mode, query, user turn, assistant turn)] of the corpus."""
     rng, w, rows = random.Random(seed), world.World(**constants), []
     for _ in range(count):
-        user, assistant = world.corpus_row(w, rng)
+        user, assistant = w.corpus_row(rng)
         mode = "challenge" if user == world.CHALLENGE else "judge" if user.startswith("judge:") else "answer"
         query = {"challenge": assistant, "judge": user[len("judge:"):].rsplit("|", 1)[0], "answer": user}[mode]
         rows.append((mode, query, user, assistant))
@@ -166,7 +166,7 @@ def test_the_corpus_holds_queries_of_its_own_part_only():
     part."""
     rows = corpus(15000)
     assert {mode for mode, *_ in rows} == {"answer", "challenge", "judge"}
-    leaked = {mode: [q for m, q, *_ in rows if m == mode and world.parse(q) and world.split(q) != "corpus"]
+    leaked = {mode: [q for m, q, *_ in rows if m == mode and world.OPERATIONS.parse(q) and world.split(q) != "corpus"]
               for mode in ("answer", "challenge", "judge")}
     assert leaked == {"answer": [], "challenge": [], "judge": []}
 
@@ -177,7 +177,7 @@ def test_junk_is_malformed_and_as_frequent_as_the_constants_say():
     w = world.World()
     for i, share in enumerate((w.junk_answer, w.junk_challenge, w.junk_judge)):
         rows = corpus(8000, seed=6, modes=tuple(float(i == j) for j in range(3)))
-        malformed = sum(world.parse(query) is None for _, query, *_ in rows)
+        malformed = sum(world.OPERATIONS.parse(query) is None for _, query, *_ in rows)
         assert abs(malformed - share * 8000) < 5 * math.sqrt(8000 * share * (1 - share))
 
 
@@ -195,7 +195,7 @@ def test_the_corpus_misreads_as_often_as_its_constant_says():
     for op in world.MISREAD:
         verdicts = []
         for _, query, _, answer in corpus(20000, seed=2, modes=(1, 0, 0), corrupt=0.0, junk_answer=0.0):
-            ops, word = world.parse(query)
+            ops, word = world.OPERATIONS.parse(query)
             wrong, right = world.MISREAD[op](word), world.OPS[op](word)
             if ops == [op] and len(word) >= 4 and wrong != right:
                 assert answer in (wrong, right)
@@ -210,14 +210,14 @@ def test_random_corruption_is_as_frequent_as_its_constant_says():
     """With misreading off, a wrong answer is a corrupted one; a corruption may leave the answer right, never the
     reverse."""
     rows = corpus(4000, seed=3, modes=(1, 0, 0), misread=0.0, junk_answer=0.0)
-    wrong = sum(world.score(q, a) < 1 for _, q, _, a in rows) / len(rows)
+    wrong = sum(world.OPERATIONS.score(q, a) < 1 for _, q, _, a in rows) / len(rows)
     assert 0.6 * world.World().corrupt < wrong < world.World().corrupt + 5 * math.sqrt(0.3 * 0.7 / 4000)
 
 
 def test_the_judge_is_taught_the_oracles_marks():
     """85 % of the labels are exact, the rest one off; 5 standard deviations. At 0 and 7 one off can mean exact."""
     rows = [(user, int(label)) for mode, _, user, label in corpus(4000, seed=4, modes=(0, 0, 1))]
-    off = [label - world.judge_label(*user[len("judge:"):].rsplit("|", 1)) for user, label in rows]
+    off = [label - world.OPERATIONS.judge_label(*user[len("judge:"):].rsplit("|", 1)) for user, label in rows]
     assert set(off) == {-1, 0, 1} and all(0 <= label <= 7 for _, label in rows)
     assert 0.85 - 5 * 0.0057 < off.count(0) / len(off) < 0.95
 
@@ -230,17 +230,17 @@ def test_the_judge_is_taught_the_oracles_marks():
 def tokenizer(tmp_path_factory):
     """The world's tokenizer, saved and opened again as anybody would."""
     directory = str(tmp_path_factory.mktemp("tokenizer"))
-    world.make_tokenizer().save_pretrained(directory)
+    world.OPERATIONS.make_tokenizer().save_pretrained(directory)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 def test_every_text_of_the_corpus_round_trips(tokenizer):
-    ids = {token: i for i, token in enumerate(world.SPECIAL + world.VOCABULARY)}
+    ids = {token: i for i, token in enumerate(world.SPECIAL + world.OPERATIONS.vocabulary())}
     for _, _, user, assistant in corpus(1500, seed=5):
         for text in (user, assistant):
             encoded = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode(encoded) == text and tokenizer.unk_token_id not in encoded
-            assert encoded == [ids[p] for p in world.tokenizer_pieces(text)]  # the base was trained on these pieces
+            assert encoded == [ids[p] for p in world.OPERATIONS.pieces(text)]  # the base was trained on these pieces
 
 
 def test_the_chat_template(tokenizer):
@@ -256,7 +256,7 @@ def test_the_chat_template(tokenizer):
     assert encode(("user", "sort:ba"), ("assistant", "ab"), header=False) == ["<bos>", "<user>", "sort", ":", "b", "a",
         "<assistant>", "a", "b", "<eot>"]
     assert tokenizer.eos_token == "<eot>" and tokenizer.eos_token_id == 5 and tokenizer.pad_token_id == 0
-    assert len(tokenizer) == 6 + len(world.VOCABULARY)
+    assert len(tokenizer) == 6 + len(world.OPERATIONS.vocabulary())
 
 
 def test_pad_is_not_the_end_of_turn(tokenizer):
@@ -310,6 +310,6 @@ def test_the_briefly_trained_base_has_learned_the_language(base):
     """Its answers end by themselves and are letters: the corpus, the template and the loss on the assistant's tokens
     fit together."""
     net, tokenizer = model.Transformer.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(base)
-    given = world.answers(net, tokenizer, world.queries("validation", 200), 1)
+    given = world.answers(net, tokenizer, world.OPERATIONS.queries("validation", 200), 1)
     assert sum(a.isalpha() and 2 <= len(a) <= 8 for a in given) > 150
-    assert 0 <= world.accuracy(net, tokenizer, world.queries("validation", 50), 0) <= 1
+    assert 0 <= world.accuracy(world.OPERATIONS, net, tokenizer, world.OPERATIONS.queries("validation", 50), 0) <= 1
