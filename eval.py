@@ -73,8 +73,10 @@ class CrossplaySettings(ContestSettings):
 def contest(args):
     """(prompts, judge, Sampling) out of a ContestSettings. Raises UserError for settings that do not go together."""
     spoken = prefmodel.world_of(args.judge)
-    prompts = read_prompts(args.prompts) if args.prompts else (spoken or world.OPERATIONS).queries(args.part, args.count)
-    prompts = prompts[:args.count]
+    if args.prompts:
+        prompts = read_prompts(args.prompts)[:args.count]
+    else:
+        prompts = (spoken or world.OPERATIONS).queries(args.part, args.count)
     winrate.check_world_prompts(args.judge, prompts)
     judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype))
     longest = args.max_new_tokens or (24 if spoken else 1024)

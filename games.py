@@ -1,13 +1,24 @@
 """Self-play on a payoff matrix, exactly, without a network.
 
 A game: n strategies and P [n, n], P[i, j] = P(i beats j), P + P^T = 1. A policy is n probabilities. All float64. SPPO's
-update (4.1) is multiplicative weights on such a game whose strategies are all the answers to one prompt, so what the
-algorithm does without sampling, regression and a network can be computed here to the last digit.
+update (4.1) is multiplicative weights on such a game, whose strategies are all the answers to one prompt. So what the
+algorithm does without sampling, regression and a network can be computed here to the last digit: what its theorem
+promises (the average of the iterates approaches the Nash equilibrium) and what it leaves open (the last iterate).
+
+    python games.py              the theorem's bound, the average and the last iterate on three games, in a second
 """
 
 import itertools
+import math
 
 import torch
+
+import run
+import world
+
+ROCK_PAPER_SCISSORS = ((0.5, 0.0, 1.0),
+                       (1.0, 0.5, 0.0),
+                       (0.0, 1.0, 0.5))
 
 
 def _float64(x):
@@ -21,8 +32,8 @@ def multiplicative_weights(P, start, eta, steps, optimistic=False):
     g_t = P pi_t: a guess that the opponent moves on as it did (Rakhlin and Sridharan, arXiv 1311.1869). The average's
     gap then falls as 1/T at a constant eta, where the plain rule stays on its circle and needs eta ~ 1/sqrt(T).
 
-    >>> P = torch.tensor(world.STYLES, dtype=torch.float64)
-    >>> multiplicative_weights(P, torch.ones(3) / 3, eta=2.0, steps=2)[1]       # style 0 beats the uniform mixture most
+    >>> start = torch.ones(3) / 3
+    >>> multiplicative_weights(world.STYLES, start, eta=2.0, steps=2)[1]        # style 0 beats the uniform mixture most
     tensor([0.3792, 0.3104, 0.3104], dtype=torch.float64)
     """
     P, log_pi, iterates, before = _float64(P), _float64(start).log(), [], None
@@ -110,3 +121,47 @@ def cross_table(figures):
     if not figures["cycles"]:
         lines.append(f"no cycle of three whose every step is beyond {CYCLE_ERRORS:g} standard errors")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bound(start, eta, T):
+    """What Theorem 4.1 rests on: after T steps of size eta the average's duality gap is at most twice the regret of
+    multiplicative weights, (L / eta + eta T / 8) / T with L the largest -log start_i. From the uniform start, where L
+    is log n, the step eta = sqrt(8 log n / T) gives 2 sqrt(log n / (2 T)).
+
+    >>> uniform, T = torch.ones(3) / 3, 64
+    >>> abs(bound(uniform, math.sqrt(8 * math.log(3) / T), T) - 2 * math.sqrt(math.log(3) / (2 * T))) < 1e-6
+    True
+    """
+    return 2 * (float(-_float64(start).log().min()) / eta + eta * T / 8) / T
+
+
+def random_game(n, seed):
+    """A game without order: P(i beats j) uniform in [0, 1]."""
+    upper = torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).triu(1)
+    return upper + (1 - upper).T.tril(-1) + torch.eye(n, dtype=torch.float64) / 2
+
+
+def _show(argv):
+    """Duality gaps of the average and of the last iterate, beside the theorem's bound."""
+    run.parse(run.NoSettings, argv, "Theorem 4.1 on three games: duality gaps by number of steps T")
+    for name, P in (("rock, paper, scissors", ROCK_PAPER_SCISSORS), ("the three styles (world.STYLES)", world.STYLES),
+                    ("a random game of 8", random_game(8, 0))):
+        n = len(P)
+        print(f"{name}; Nash equilibrium {' '.join(f'{p:.3f}' for p in nash(P).tolist())}\n"
+              f"{'T':>6s} {'bound':>8s} {'average':>8s} {'last':>8s}   {'optimistic, eta 0.5: average':>28s} "
+              f"{'last':>8s}")
+        start = torch.rand(n, generator=torch.Generator().manual_seed(1)).softmax(0)    # not the uniform one: there
+        for T in (16, 64, 256, 1024):                                   # rock, paper, scissors would stand still
+            eta = math.sqrt(8 * math.log(n) / T)
+            plain = multiplicative_weights(P, start, eta, T)
+            optimistic = multiplicative_weights(P, start, 0.5, T, optimistic=True)
+            gaps = [duality_gap(P, policy) for policy in (plain.mean(0), plain[-1], optimistic.mean(0), optimistic[-1])]
+            print("{:6d} {:8.3f} {:8.3f} {:8.3f}   {:28.3f} {:8.3f}".format(T, bound(start, eta, T), *gaps))
+        print()
+
+
+if __name__ == "__main__":
+    run.main(_show)

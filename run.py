@@ -105,6 +105,11 @@ class CommonSettings:
     overwrite: bool = flag(False, "replace the run in --out")
 
 
+@dataclasses.dataclass
+class NoSettings:
+    """Of a command without flags."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one sentence, without the page of usage that argparse puts before it
         print(f"error: {message}; --help lists the flags", file=sys.stderr)

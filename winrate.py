@@ -224,7 +224,8 @@ def table(rows):
     lines = [" " * width + "".join(f" {heading:>{size}s}" for heading, size, *_ in FIGURES + queries)]
     for row in rows:
         cells = [f"{cell(row):>{size}s}" for _, size, cell in FIGURES]
-        cells += [f"{'-' if row.get(key) is None else form.format(row[key]):>{size}s}" for _, size, key, form in queries]
+        for _, size, key, form in queries:
+            cells.append(f"{'-' if row.get(key) is None else form.format(row[key]):>{size}s}")
         lines.append(f"{row['name']:{width}s} " + " ".join(cells))
     return "\n".join(lines)
 
