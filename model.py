@@ -1,5 +1,4 @@
-"""The decoder transformer of the Llama, Mistral, Qwen2, Qwen3 and Gemma 2 families, its KV cache, and Hugging Face
-checkpoints.
+"""The decoder transformer of Llama, Mistral, Qwen2, Qwen3 and Gemma 2, its KV cache, and Hugging Face checkpoints.
 
 The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone)
 except for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a
@@ -12,13 +11,15 @@ except for attention, which decides what each token may look at. So the network 
 
 All three run the same lines of `Layer.forward`, for the 337k-parameter toy and for a 7B checkpoint alike.
 
-The first four differ in a bias, a norm or a window. Gemma 2 bounds whatever could grow: embeddings leave the table with
-unit variance (times sqrt(H), since the tied head wants rows of length 1), each sublayer's output is normed once more
-before it joins the residual stream, attention scores and logits are bent into (-cap, cap) by a tanh. Its norm weights
-are stored as the distance from 1, so that weight decay and fresh zeros both mean "no change".
+What the families differ in stands in `Config`. Llama, Mistral, Qwen2 and Qwen3 are one network up to a bias, a norm or
+a window. Gemma 2 also bounds whatever could grow: embeddings are multiplied by sqrt(H) as they leave the table (the
+tied head wants rows of length 1, the layers want numbers of size 1), each sublayer's output is normed before it joins
+the residual stream, and a tanh bends attention scores and logits into (-cap, cap). Its norms multiply by 1 + weight, so
+a weight of 0 means "no change", and weight decay pulls towards that.
 
 Shape legend, for the whole project:  B prompts, K (or n) responses each, T tokens, N packed tokens, R rows, H hidden,
-V vocabulary; nh query heads, nkv key/value heads, hd head dimension; L tokens held by a cache row.
+V vocabulary; nh query heads, nkv key/value heads, hd head dimension; S keys that a row's queries may look at; L tokens
+held by a cache row; M response tokens, those that a loss is about.
 """
 
 import dataclasses
@@ -65,8 +66,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw, where="config.json"):
-        """Read a config.json, in the spelling of transformers 5 or older.
-        Raises UserError for what is not supported."""
+        """Read a config.json in the spelling of transformers 5 or older. Raises UserError for what is not supported."""
         family = raw.get("model_type")
         if family not in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
             raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
@@ -77,7 +77,7 @@ class Config:
             raise run.UserError(f"{where} has {key} {c[key]!r}; only {act} is supported")
         try:
             heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
-            attention_bias = c.get("attention_bias", False)
+            attention_bias = c.get("attention_bias", False)     # Qwen2 has no such key: its biases are always the same
             return cls(
                 vocab_size=c["vocab_size"],
                 hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
@@ -99,36 +99,43 @@ MISSING = {
                    final_logit_softcapping=30.0, sliding_window=4096, max_position_embeddings=8192,
                    tie_word_embeddings=True)}
 
+# The kinds of RoPE scaling that are supported, and the numbers that each needs beside rope_theta
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
 
 def _read_gemma(c, family, where):
+    """The fields of Config that only Gemma 2 sets; {} for the other families."""
     if family != "gemma2":
         return {}
     if c.get("use_bidirectional_attention"):
         raise run.UserError(f"{where} has use_bidirectional_attention; only causal attention is supported")
-    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
-        if c[key] is None and key != "query_pre_attn_scalar":
-            continue                                                        # null: no cap
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    for key in ("query_pre_attn_scalar", *caps):
+        if c[key] is None and key in caps:
+            continue                                                        # null means that there is no cap
         if not isinstance(c[key], (int, float)) or not c[key] > 0:
             raise run.UserError(f"{where} has {key} {c[key]!r}; it must be a positive number")
     return dict(gemma=True, attention_scale=c["query_pre_attn_scalar"] ** -0.5,
                 attention_cap=c["attn_logit_softcapping"], logit_cap=c["final_logit_softcapping"])
 
 
-def _read_rope(raw, where):
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise run.UserError(f"{where} has rope_type {rope['rope_type']!r}; default, linear and llama3 are supported")
-    numbers = {"default": (), "linear": ("factor",),
-               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    for key in numbers[rope["rope_type"]]:
+def _read_rope(c, where):
+    """Config.rope: a dictionary with rope_type, rope_theta, and the numbers that rope_type needs. transformers 5 writes
+    it as rope_parameters; older versions as rope_scaling, null for the default, with rope_theta beside it."""
+    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_NUMBERS:
+        raise run.UserError(f"{where} has rope_type {kind!r}; default, linear and llama3 are supported")
+    for key in ROPE_NUMBERS[kind]:
         if key not in rope:
-            raise run.UserError(f"{where} has rope_type {rope['rope_type']!r} without {key!r}; download it again")
+            raise run.UserError(f"{where} has rope_type {kind!r} without {key!r}; download it again")
     return rope
 
 
 def _read_windows(c, family, layers, where):
+    """Config.windows, one entry a layer. Which layers have a window follows from the family, or from layer_types."""
     window, kinds = c.get("sliding_window"), c.get("layer_types")
     if window is None or family == "llama":
         return (None,) * layers
@@ -140,34 +147,63 @@ def _read_windows(c, family, layers, where):
                                 "or full_attention; download it again")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if family == "gemma2":
-        return tuple(None if i % 2 else window for i in range(layers))      # every other layer, the first slides
+        return tuple(None if i % 2 else window for i in range(layers))      # the even layers
+    # Qwen: the layers from max_window_layers on, and only where use_sliding_window says so
     first = c.get("max_window_layers", layers) if c.get("use_sliding_window") else layers
     return tuple(window if i >= first else None for i in range(layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # views: who attends to whom
+#
+# A view has  positions [N] and max_position         each token's position, and a number above all of them, for RoPE
+#             mask(window, c, dtype)                 who is seen by whom in a layer with this window; `forward` asks for
+#                                                    it once for each window, before the layers run
+#             attend(layer, q, k, v, mask, scale, cap)
+
+
+def _mask(query_at, key_at, window, groups, dtype):
+    """What is added to the scores: 0 where a query may look, -inf where it may not.
+
+    query_at [R, T] and key_at [R, S] are positions (R may be 1, for all rows) -> [R, 1, groups * T, S]. A query sees
+    the keys at its own position and before, in a window only the latest `window` of them. The rows are repeated for
+    the `groups` query heads that share a key head, as `_attend` lays them out.
+
+    >>> at = torch.arange(3)[None]
+    >>> _mask(at, at, window=2, groups=1, dtype=torch.float32)[0, 0]
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf],
+            [-inf, 0., 0.]])
+    """
+    query_at, key_at = query_at[:, :, None], key_at[:, None, :]
+    seen = key_at <= query_at
+    if window is not None:
+        seen = seen & (key_at > query_at - window)
+    seen = torch.cat([seen] * groups, 1)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
+
+
+def _mask_of_rows(T, window, c, dtype, device):
+    """The mask of rows of T tokens that look at themselves: [1, 1, groups * T, T], or None for torch's own causal
+    attention, which needs no mask but knows neither windows nor caps."""
+    if (window is None or window >= T) and c.attention_cap is None:
+        return None
+    at = torch.arange(T, device=device)[None]
+    return _mask(at, at, window, c.num_heads // c.num_kv_heads, dtype)
 
 
 def _attend(q, k, v, mask, scale, cap):
-    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd] -> [R, T, nh, hd].
-    mask [.., T, S]: boolean (True = seen), or added to the scores; None = causal.
+    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd] -> [R, T, nh, hd]. mask None = causal.
 
     With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it:
     torch's memory-saving kernels take a mask or grouped heads, not both.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    groups = q.shape[1] // k.shape[1]
-    if mask is None and cap is not None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, scale=scale)
-    elif groups == 1:
-        out = _weigh(q, k, v, mask, scale, cap)
+        grouped = q.shape[1] > k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)
     else:
-        folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                 # [R, nkv, groups * T, hd]
-        if mask.shape[-2] < folded.shape[-2]:
-            mask = torch.cat([mask] * groups, -2)
+        folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])             # [R, nkv, groups * T, hd]
         out = _weigh(folded, k, v, mask, scale, cap).view(q.shape)
     return out.transpose(1, 2)
 
@@ -181,8 +217,7 @@ def _weigh(q, k, v, mask, scale, cap):
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = kernels.soft_cap((q @ k.mT).float() * (scale or q.shape[-1] ** -0.5), cap)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).to(v.dtype) @ v
+    return (scores + mask).softmax(-1).to(v.dtype) @ v
 
 
 class CausalRows:
@@ -193,142 +228,178 @@ class CausalRows:
         self.positions = torch.arange(T, device=device).repeat(B)                         # [B*T]
         self.device = device
 
-    def attend(self, layer, q, k, v, window, scale=None, cap=None):
+    def mask(self, window, c, dtype):
+        """What `attend` wants in a layer with this window: [1, 1, groups * T, T], or None."""
+        return _mask_of_rows(self.shape[1], window, c, dtype, self.device)
+
+    def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
-        if window is None or window >= self.shape[1]:
-            return _attend(q, k, v, None, scale, cap).flatten(0, 1)
-        at = torch.arange(self.shape[1], device=self.device)
-        return _attend(q, k, v, _causal(at[:, None], at[None], window), scale, cap).flatten(0, 1)
-
-
-def _causal(query_at, key_at, window):
-    """May the token at position query_at see the one at key_at? Broadcasts."""
-    seen = key_at <= query_at
-    return seen if window is None else seen & (key_at > query_at - window)
+        return _attend(q, k, v, mask, scale, cap).flatten(0, 1)
 
 
 class SharedPrefix:
     """Prompts, each followed by its own responses, packed end to end: all prompts first, then all responses.
 
-    prompts: B lists of ids;
-    responses: B lists of lists of ids (an inner list may be empty, all may be: a pure prefill).
-    `tokens` and `positions` [N] hold the pack; nothing in it is padding.
-    Only attention pads: it gathers queries and keys into rectangles, and `unpad` gathers its output back.
+    prompts: B non-empty lists of ids. responses: B lists of lists of ids. An empty response has no row; without any
+    response the pass is a pure prefill. keep_kv: keep every layer's keys and values in `kv`, for KVCache.admit.
+    Raises ValueError for an empty prompt.
 
-    Two rectangles: the prompts, causal among themselves; and the responses, whose keys are [prompt ; own tokens]. The
-    prompt's keys are gathered once per response, so their gradient is the sum over its responses: exactly what running
-    each (prompt, response) row separately gives, at the prompt's cost once instead of n times.
+    An example: two prompts, the first with two responses, the second with one.
+
+    >>> view = SharedPrefix([[1, 2, 3], [4, 5]], [[[6, 7], [8]], [[9, 10, 11]]], "cpu")
+
+    The pack holds every token once, and nothing else. A response's positions go on where its prompt's ended, so the
+    two responses to the first prompt both begin at 3:
+
+    >>> view.tokens                                                             # [N], the network's input
+    tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10, 11])
+    >>> view.positions                                                          # [N]
+    tensor([0, 1, 2, 0, 1, 3, 4, 3, 2, 3, 4])
+
+    A loss is about the M = 6 tokens of the responses. `target` lists them, `row` says which response each belongs to,
+    and `source` which packed token predicts it, as an index into the pack. That is the token before it; for a
+    response's first token it is its prompt's last, so the hidden state of the 3, at index 2, predicts the 6 and the 8:
+
+    >>> view.target, view.row
+    (tensor([ 6,  7,  8,  9, 10, 11]), tensor([0, 0, 1, 2, 2, 2]))
+    >>> view.source
+    tensor([2, 5, 2, 4, 8, 9])
+
+    Attention alone needs rows of one length. It copies queries and keys into two rectangles, where dots are padding:
+    the prompts, which look at themselves, and the responses, which look at their prompt and at themselves.
+
+        queries     keys                     queries     keys
+        1  2  3     1  2  3                  6  7  .     1  2  3 |  6  7  .
+        4  5  .     4  5  .                  8  .  .     1  2  3 |  8  .  .
+                                             9 10 11     4  5  . |  9 10 11
+
+    A prompt's keys are copied once for each of its responses, so their gradient is the sum over the responses. That is
+    exactly what separate rows of prompt and response give, while the prompt is computed once instead of n times.
     """
 
     def __init__(self, prompts, responses, device, keep_kv=False):
         if not all(prompts):
             raise ValueError("an empty prompt has no last token to predict a response from")
-        rows = [(b, r) for b, group in enumerate(responses) for r in group if r]
-        ids = [t for p in prompts for t in p] + [t for _, r in rows for t in r]
-        positions = ([i for p in prompts for i in range(len(p))]
-                     + [len(prompts[b]) + i for b, r in rows for i in range(len(r))])
-        prompt_start = _starts([len(p) for p in prompts], 0)
-        row_start = _starts([len(r) for _, r in rows], prompt_start[-1])
-        self.tokens = torch.tensor(ids, device=device)                                            # [N]
-        self.positions = torch.tensor(positions, device=device)                                   # [N]
+        rows = [(b, response) for b, group in enumerate(responses) for response in group if response]
+        pieces = [(0, prompt) for prompt in prompts] + [(len(prompts[b]), response) for b, response in rows]
+        ids, positions = [], []
+        for begin, piece in pieces:                                             # begin: its first token's position
+            ids += piece
+            positions += range(begin, begin + len(piece))
+        B, N, self.rows = len(prompts), len(ids), len(rows)
+        self.tokens, self.positions = torch.tensor([ids, positions], device=device)                       # [N] each
         self.max_position = max(positions) + 1
-        self.prompt_last = torch.tensor(prompt_start[1:], device=device) - 1  # [B] each prompt's last token in the pack
-        self.keep_kv, self.kv, self.masks = keep_kv, [], {}
-        # prompt rectangle [B, P]
-        prompt_len = torch.tensor([len(p) for p in prompts], device=device)
-        start = torch.tensor(prompt_start[:-1], device=device)
-        col = torch.arange(int(prompt_len.max()), device=device)
-        self.prompt_index = (start[:, None] + col).clamp(max=len(ids) - 1)  # past its end: some other token, never seen
-        unpad = [_real(prompt_len, col)]
-        # response rectangle [R, S], its keys [R, P + S]
-        self.rows = len(rows)
-        self.last, self.row_keys, self.row_lengths = self.prompt_last, self.prompt_index, prompt_len
-        if rows:
-            owner = torch.tensor([b for b, _ in rows], device=device)
-            own_len = torch.tensor([len(r) for _, r in rows], device=device)
-            own = torch.arange(int(own_len.max()), device=device)
-            own_index = (torch.tensor(row_start[:-1], device=device)[:, None] + own).clamp(max=len(ids) - 1)
-            self.row_index = own_index
-            self.key_index = torch.cat([self.prompt_index[owner], own_index], 1)
-            first = prompt_len[owner]                                           # a response's first position
-            self.query_at = first[:, None] + own                                # [R, S]
-            far = torch.iinfo(torch.int32).max                                  # a position in nobody's past
-            self.key_at = torch.cat([col.expand(len(rows), -1).masked_fill(col >= first[:, None], far),
-                                     self.query_at], 1)
-            unpad.append(self.prompt_index.numel() + _real(own_len, own))
-            # what a cache takes from a pass that ran with keep_kv: whole rows, their beginning included
-            self.last = torch.tensor(row_start[1:], device=device) - 1
-            self.row_keys, self.row_lengths = self.key_index, first + own_len
-        self.unpad = torch.cat(unpad)                                           # [N] where each packed token sits
-        self._find_targets(rows, row_start, owner if rows else None, device)
+        owner = torch.tensor([b for b, _ in rows], dtype=torch.long, device=device)         # [R] each one's prompt
+        lengths = torch.tensor([len(piece) for _, piece in pieces], device=device)
+        ends = lengths.cumsum(0)
+        starts = ends - lengths                                                 # piece i is pack[starts[i]:ends[i]]
+        self.prompt_last = ends[:B] - 1                                         # [B] each prompt's last token
 
-    def _find_targets(self, rows, row_start, owner, device):
-        """Which packed token predicts each response token:
-        the prompt's last, then the response's own but for its last."""
-        row, source = [], []
-        for i, (b, r) in enumerate(rows):
-            row += [i] * len(r)
-            source += [-1] + list(range(row_start[i], row_start[i] + len(r) - 1))
-        self.row = torch.tensor(row, dtype=torch.long, device=device)         # [M] response row of each response token
-        source = torch.tensor(source, dtype=torch.long, device=device)
-        if rows:
-            source = torch.where(source < 0, self.prompt_last[owner[self.row]], source)
-        self.source = source                                                  # [M] index into the pack
-        self.target = self.tokens[len(self.tokens) - len(row):]               # [M] the response tokens themselves
+        first = sum(map(len, prompts))                                          # where the responses begin
+        self.row = torch.arange(self.rows, device=device).repeat_interleave(lengths[B:])                  # [M]
+        self.target = self.tokens[first:]                                                                 # [M]
+        self.source = torch.arange(first, N, device=device) - 1                                           # [M]
+        self.source[starts[B:] - first] = self.prompt_last[owner]
 
-    def attend(self, layer, q, k, v, window, scale=None, cap=None):
+        self.prompt_part = _prompt_rectangle(starts[:B], lengths[:B], N)
+        self.unpad = self.prompt_part.real()        # [N] where in `attend`'s padded output each packed token stands
+        # What can be continued, and what KVCache.admit copies for it: the keys of the responses, their prompt's
+        # included, or of the prompts where there is no response. `last` [R or B]: each one's last token in the pack.
+        self.keep_kv, self.kv = keep_kv, []
+        self.last, self.row_keys, self.row_lengths = self.prompt_last, self.prompt_part.keys, lengths[:B]
+        if rows:
+            self.response_part = _response_rectangle(starts[B:], lengths[B:], N, self.prompt_part, owner)
+            self.unpad = torch.cat([self.unpad, self.prompt_part.queries.numel() + self.response_part.real()])
+            self.last, self.row_keys = ends[B:] - 1, self.response_part.keys
+            self.row_lengths = lengths[:B][owner] + lengths[B:]
+
+    def mask(self, window, c, dtype):
+        """What `attend` wants in a layer with this window: a mask for the prompts, and one for the responses."""
+        prompts = _mask_of_rows(self.prompt_part.queries.shape[1], window, c, dtype, self.tokens.device)
+        if not self.rows:
+            return prompts, None
+        part = self.response_part
+        return prompts, _mask(part.query_at, part.key_at, window, c.num_heads // c.num_kv_heads, dtype)
+
+    def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         if self.keep_kv:
             self.kv.append((k.clone(), v.clone()))      # copies: the slices would keep the whole qkv product alive
-        p = self.prompt_index
-        mask = None
-        if window is not None and window < p.shape[1]:
-            at = torch.arange(p.shape[1], device=p.device)
-            mask = _causal(at[:, None], at[None], window)
-        out = [_attend(_take(q, p), _take(k, p), _take(v, p), mask, scale, cap).flatten(0, 1)]
+        prompt_mask, response_mask = mask
+        out = [self.prompt_part.attend(q, k, v, prompt_mask, scale, cap)]
         if self.rows:
-            if window not in self.masks:                                    # the same for every layer with this window
-                seen = _causal(self.query_at[:, :, None], self.key_at[:, None, :], window)
-                # Where a whole row of scores is masked out softmax gives NaN;
-                # padding queries still see themselves, so none is.
-                seen = torch.cat([seen] * (q.shape[1] // k.shape[1]), 1)    # as _attend wants it
-                self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-                                      .masked_fill_(~seen, -math.inf)[:, None])
-            keys = self.key_index
-            out.append(_attend(_take(q, self.row_index), _take(k, keys), _take(v, keys),
-                               self.masks[window], scale, cap).flatten(0, 1))
+            out.append(self.response_part.attend(q, k, v, response_mask, scale, cap))
         return torch.cat(out).index_select(0, self.unpad)
 
 
+@dataclasses.dataclass
+class _Rectangle:
+    """R rows of packed tokens, padded to one length, for one call of attention.
+
+    A short row goes on with whatever token the pack holds there. That does no harm: a padded key's position is beyond
+    every real query of its row, so none sees it, and a padded query's output is left behind. A padded query sees
+    itself, so no query is without keys, for which softmax would give NaN.
+    """
+    queries: torch.Tensor       # [R, T] indices into the pack
+    keys: torch.Tensor          # [R, S] indices into the pack
+    query_at: torch.Tensor      # [R or 1, T] positions
+    key_at: torch.Tensor        # [R or 1, S] positions
+    lengths: torch.Tensor       # [R] how many queries of a row are real
+
+    def real(self):
+        """Where the real queries stand in the flat output of `attend`, row by row."""
+        columns = torch.arange(self.queries.shape[1], device=self.queries.device)
+        return (columns < self.lengths[:, None]).flatten().nonzero().squeeze(1)
+
+    def attend(self, q, k, v, mask, scale, cap):
+        """q [N, nh, hd], k and v [N, nkv, hd] of the whole pack -> [R * T, nh, hd], padding included."""
+        q, k, v = _take(q, self.queries), _take(k, self.keys), _take(v, self.keys)
+        return _attend(q, k, v, mask, scale, cap).flatten(0, 1)
+
+
+def _prompt_rectangle(starts, lengths, N):
+    """The prompts, which look at themselves."""
+    index = _padded(starts, lengths, N)                                         # [B, P]
+    at = torch.arange(index.shape[1], device=index.device)[None]                # [1, P]
+    return _Rectangle(index, index, at, at, lengths)
+
+
+def _response_rectangle(starts, lengths, N, prompts, owner):
+    """The responses, whose keys are [their prompt ; their own tokens]. owner [R]: the prompt that each one follows."""
+    own = _padded(starts, lengths, N)                                           # [R, T]
+    begin = prompts.lengths[owner][:, None]                                     # [R, 1] a response's first position
+    own_at = begin + torch.arange(own.shape[1], device=own.device)              # [R, T]
+    # A short prompt's padding stands where its response has real queries; it needs a position that none can see.
+    beyond = torch.iinfo(torch.int32).max
+    prompt_at = torch.where(prompts.key_at < begin, prompts.key_at, beyond)     # [R, P]
+    keys = torch.cat([prompts.keys[owner], own], 1)                             # [R, P + T]
+    return _Rectangle(own, keys, own_at, torch.cat([prompt_at, own_at], 1), lengths)
+
+
+def _padded(starts, lengths, N):
+    """Indices into the pack, [R, longest], of R pieces that begin at `starts`; past a piece's end, of what follows."""
+    columns = torch.arange(int(lengths.max()), device=starts.device)
+    return (starts[:, None] + columns).clamp(max=N - 1)
+
+
 def _take(x, index):
-    """x[index] for a matrix of indices;
-    its backward, index_add, is several times faster on a CPU than that of x[index]."""
+    """x[index] for a matrix of indices, by index_select: its backward, index_add, is several times faster on a CPU
+    than that of x[index]."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _starts(lengths, first):
-    starts = [first]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    return starts
-
-
-def _real(lengths, col):
-    """Flat indices of the real (not padding) places of a [R, len(col)] rectangle, row by row."""
-    return (col < lengths[:, None]).flatten().nonzero().squeeze(1)
-
-
-# What prompts begin with in common is worth a rectangle of its own from this many tokens on.
-SHARED = 32
+SHARED = 32     # what all prompts begin with is worth a rectangle of its own from this many tokens on
 
 
 def prefill(net, prompts, keep_kv=False):
-    """(view, hidden [B, H] at each prompt's end): the forward pass over B non-empty lists of ids that are to be
-    continued. Where all begin alike (a system turn, a judge's rubric) that beginning is computed once."""
-    low, high = min(prompts), max(prompts)          # in dictionary order: where these two part, some prompt differs
-    common = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), len(low))
-    common = min(common, min(map(len, prompts)) - 1)                        # every prompt keeps a token of its own
+    """The forward pass over B non-empty lists of ids that are to be continued: (view, hidden [B, H] at each one's end).
+    Where all begin alike (a system turn, a judge's rubric) that beginning is computed once: it becomes the one prompt
+    of a SharedPrefix, and what follows it the responses."""
+    low, high = min(prompts), max(prompts)      # all others lie between in dictionary order: they share what these do
+    common, longest = 0, min(map(len, prompts)) - 1                         # every prompt keeps a token of its own
+    while common < longest and low[common] == high[common]:
+        common += 1
     if len(prompts) > 1 and common >= SHARED:
         view = SharedPrefix([low[:common]], [[p[common:] for p in prompts]], net.device, keep_kv)
     else:
@@ -340,7 +411,8 @@ class KVCache:
     """Keys and values of up to `rows` sequences of up to `max_len` tokens, allocated once.
 
     k, v: [layers, rows, nkv, max_len, hd]. Rows [0, live) are in use, in any order. A row's new token is written at its
-    own length; the mask hides what lies beyond, so stale entries never need clearing.
+    own length; the mask hides what lies beyond, so stale entries never need clearing. The order of use: `admit`, then
+    for every new token `step` and a forward pass, and `keep` where rows have ended.
     """
 
     def __init__(self, config, rows, max_len, device, dtype):
@@ -350,14 +422,13 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0            # of the live rows, on the host: no device round trip a layer
         self.live = 0
-        # where each row's head begins
+        # With a layer's [rows, nkv, max_len] flattened, where each row's part of each head begins: [rows, nkv]
         self.heads = torch.arange(rows * config.num_kv_heads, device=device).view(rows, -1) * max_len
         self.columns = torch.arange(max_len, device=device)
 
     def admit(self, view, n):
-        """Append n rows for each prompt of `prefill`'s view that ran with keep_kv: a copy of its keys and values
-        each."""
-        index, lengths = view.row_keys.repeat_interleave(n, 0), view.row_lengths        # [R, P], [prompts]
+        """n new rows for each prompt of `prefill`'s view, which ran with keep_kv: each a copy of keys and values."""
+        index, lengths = view.row_keys.repeat_interleave(n, 0), view.row_lengths        # [B * n, P], [B]
         new = slice(self.live, self.live + len(index))
         for layer, (k, v) in enumerate(view.kv):
             self.k[layer, new, :, :index.shape[1]] = k[index].transpose(1, 2)
@@ -367,7 +438,7 @@ class KVCache:
         self.longest = max(self.longest, index.shape[1])    # `keep` may be called before the next step
 
     def keep(self, holes, movers, live):
-        """Compaction: copy rows `movers` into `holes` and keep the first `live`. Costs only as many rows as ended."""
+        """Compaction: copy rows `movers` into rows `holes` and keep the first `live`. It costs as much as rows move."""
         if len(holes):
             used = slice(0, self.longest)
             self.k[:, holes, :, used] = self.k[:, movers, :, used]
@@ -376,31 +447,28 @@ class KVCache:
         self.live = live
 
     def step(self, longest):
-        """Begin a decoding step: one new token for every live row.
-        `longest` = the longest live row, new token included."""
+        """Begin a decoding step: one new token for every live row. The longest has then `longest` tokens."""
         R = self.live
         self.longest = self.max_position = longest
         self.positions = self.lengths[:R].clone()                               # [R] the new token's position
         self.slots = (self.heads[:R] + self.positions[:, None]).flatten()       # [R * nkv] where its keys and values go
         self.lengths[:R] += 1
-        self.masks = {}
 
-    def attend(self, layer, q, k, v, window, scale=None, cap=None):
-        """q [R, nh, hd], k and v [R, nkv, hd] -> [R, nh, hd].
+    def mask(self, window, c, dtype):
+        """What `attend` wants in a layer with this window: [R, 1, 1, longest], the same for all heads."""
+        return _mask(self.positions[:, None], self.columns[None, :self.longest], window, 1, dtype)
+
+    def attend(self, layer, q, k, v, mask, scale=None, cap=None):
+        """Write the new keys and values, then look: q [R, nh, hd], k and v [R, nkv, hd] -> [R, nh, hd].
 
         The nh/nkv query heads that share a key head are laid out as that many query *positions*, so keys and values are
         read once instead of being repeated.
         """
-        R, nkv, L = len(q), k.shape[1], self.longest
-        self.k[layer].view(-1, k.shape[-1]).index_copy_(0, self.slots, k.reshape(-1, k.shape[-1]))
-        self.v[layer].view(-1, v.shape[-1]).index_copy_(0, self.slots, v.reshape(-1, v.shape[-1]))
-        if window not in self.masks:
-            seen = _causal(self.positions[:, None], self.columns[None, :L], window)
-            self.masks[window] = (torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-                                  .masked_fill_(~seen, -math.inf)[:, None, None])
-        out = _weigh(q.view(R, nkv, -1, q.shape[-1]), self.k[layer, :R, :, :L], self.v[layer, :R, :, :L],
-                     self.masks[window], scale, cap)
-        return out.reshape(R, -1, q.shape[-1])
+        R, nkv, hd = k.shape
+        self.k[layer].view(-1, hd).index_copy_(0, self.slots, k.reshape(-1, hd))
+        self.v[layer].view(-1, hd).index_copy_(0, self.slots, v.reshape(-1, hd))
+        keys, values = self.k[layer, :R, :, :self.longest], self.v[layer, :R, :, :self.longest]
+        return _weigh(q.view(R, nkv, -1, hd), keys, values, mask, scale, cap).reshape(R, -1, hd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,8 +476,8 @@ class KVCache:
 
 
 def _norm_weight(c):
-    """A norm's weight that changes nothing: ones, or where 1 is added to it, zeros."""
-    return nn.Parameter((torch.zeros if c.gemma else torch.ones)(c.hidden_size))
+    """A norm's weight that changes nothing: ones, or for Gemma, which adds 1 to it, zeros."""
+    return nn.Parameter(torch.zeros(c.hidden_size) if c.gemma else torch.ones(c.hidden_size))
 
 
 def _norm(x, weight, c):
@@ -436,9 +504,10 @@ class Layer(nn.Module):
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
         self.norm2_out = _norm_weight(c) if c.gemma else None       # on what the MLP adds
 
-    def forward(self, x, cos, sin, view, layer, window):
-        """x [N, H]; cos, sin [N, 1, hd] -> [N, H]."""
+    def forward(self, x, cos, sin, view, layer, mask):
+        """x [N, H]; cos, sin [N, 1, hd]; layer: this one's number; mask: the view's, for its window -> [N, H]."""
         c, nh, nkv, hd = self.config, self.nh, self.nkv, self.hd
+        # attention
         qkv = self.qkv(_norm(x, self.norm1, c)).view(len(x), nh + 2 * nkv, hd)
         qk, v = qkv[:, :nh + nkv], qkv[:, nh + nkv:]
         if self.q_norm is not None:
@@ -447,17 +516,18 @@ class Layer(nn.Module):
         # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves;
         # the minus sign of the rotation is already in `sin`.
         qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
-        y = view.attend(layer, qk[:, :nh], qk[:, nh:], v, window, c.attention_scale, c.attention_cap)
+        y = view.attend(layer, qk[:, :nh], qk[:, nh:], v, mask, c.attention_scale, c.attention_cap)
         y = self.o(y.flatten(1))
         x = x + (_norm(y, self.norm1_out, c) if c.gemma else y)
+        # MLP
         gate, up = self.gate_up(_norm(x, self.norm2, c)).chunk(2, -1)
-        y = self.down((F.gelu(gate, approximate="tanh") if c.gemma else F.silu(gate)) * up)
+        gate = F.gelu(gate, approximate="tanh") if c.gemma else F.silu(gate)
+        y = self.down(gate * up)
         return x + (_norm(y, self.norm2_out, c) if c.gemma else y)
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model.
-    `net(tokens [B, T]) -> hidden [B, T, H]`; `net.logits(hidden) -> [B, T, V]` float32."""
+    """Decoder-only language model: net(tokens [B, T]) -> hidden [B, T, H]; net.logits(hidden) -> [B, T, V] float32."""
 
     def __init__(self, config):
         super().__init__()
@@ -468,6 +538,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.generation = {}            # what generation_config.json held, so that it can be written back
         self._rope_table = None
         # True: backward recomputes each layer from its input. Only that input is then kept, H numbers a token and layer
         # instead of some 20 H. It costs one more forward (a third more time) and leaves every gradient as it was.
@@ -475,8 +546,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Fresh random weights: standard deviation 1/sqrt(fan in),
-        smaller where a layer writes into the residual stream."""
+        """Draw fresh weights and return the net. Standard deviation 1/sqrt(fan in), smaller where a layer writes into
+        the residual stream, which would otherwise grow with the depth: two terms a layer are added to it."""
         depth = (2 * self.config.num_layers) ** -0.5
         self.embed.weight.normal_(0, self.config.hidden_size**-0.5, generator=generator)
         for layer in self.layers:
@@ -506,11 +577,13 @@ class Transformer(nn.Module):
         if view is None:
             view = CausalRows(*tokens.shape, tokens.device)
         cos, sin = self._rope(view.positions, view.max_position)
+        windows = c.windows or (None,) * c.num_layers
+        masks = {window: view.mask(window, c, self.dtype) for window in set(windows)}
         x = self.embed(tokens.flatten())
         if c.gemma:
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)     # rounded to bfloat16 first, as it was trained
         for i, layer in enumerate(self.layers):
-            inputs = x, cos, sin, view, i, c.windows[i] if c.windows else None
+            inputs = x, cos, sin, view, i, masks[windows[i]]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)   # nothing is random here
             else:
@@ -522,13 +595,12 @@ class Transformer(nn.Module):
         return kernels.soft_cap(self.head(hidden).float(), self.config.logit_cap)
 
     def _rope(self, positions, longest):
-        """cos and signed sin [N, 1, hd] of the positions,
-        from a table that doubles whenever a longer sequence comes by."""
+        """cos and signed sin [N, 1, hd] of positions below `longest`, from a table that grows when it is too short."""
         table = self._rope_table
         if table is None or table.shape[1] < longest or table.device != positions.device or table.dtype != self.dtype:
-            size = 1 << max(8, (longest - 1).bit_length())
-            angle = (torch.arange(size, device=positions.device)[:, None].float()
-                     * _inverse_frequencies(self.config).to(positions.device))
+            size = 1 << max(8, (longest - 1).bit_length())                      # a power of 2, 256 or more
+            inverse = _inverse_frequencies(self.config).to(positions.device)
+            angle = torch.arange(size, device=positions.device)[:, None].float() * inverse          # [size, hd/2]
             table = torch.stack([torch.cat([angle.cos(), angle.cos()], 1), torch.cat([-angle.sin(), angle.sin()], 1)])
             self._rope_table = table = table.to(self.dtype)                     # [2, size, hd]
         cos, sin = table[:, positions].unsqueeze(2)
@@ -538,10 +610,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
-        """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards.
-
-        Raises UserError, naming the file, for an unknown family, a missing or misshapen weight, or a truncated file.
-        """
+        """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards. Raises UserError,
+        naming the file, for an unknown family, a missing or misshapen weight, or a truncated file."""
         path = fetch(path_or_hub_id)
         where = os.path.join(path, "config.json")
         config = Config.from_hf(run.read_json(where), where)
@@ -551,29 +621,32 @@ class Transformer(nn.Module):
         if config.tied:
             net.head.weight = net.embed.weight                                  # to_empty may part them
         _fill(net, _read_tensors(path), path)
+        generation = os.path.join(path, "generation_config.json")
+        if os.path.exists(generation):
+            net.generation = run.read_json(generation)
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
-        """Write a complete Hugging Face checkpoint, atomically:
-        config, generation config, weights, and the tokenizer."""
+        """Write a complete Hugging Face checkpoint, atomically; the tokenizer too where one is given."""
+        raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}    # dtype's older name
+        raw["dtype"] = str(self.dtype).removeprefix("torch.")
+        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+        generation = {"_from_model_config": True, **ends, **self.generation}
+
         def write(path):
             os.makedirs(path)
-            raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": str(self.dtype)[6:]}
             run.write_json(os.path.join(path, "config.json"), raw)
-            generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
-            run.write_json(os.path.join(path, "generation_config.json"),
-                           {"_from_model_config": True, **generation, **self.generation})
-            _write_tensors(_export(self), path, max_shard_bytes)
+            run.write_json(os.path.join(path, "generation_config.json"), generation)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _names(self).items()}
+            _write_tensors(tensors, path, max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(path)
         run.write_atomically(directory, write)
 
-    generation = {}     # what generation_config.json held, so that it can be written back
-
 
 def _inverse_frequencies(config):
-    """[hd/2] angle per position.
-    llama3 scaling divides the slow rotations by `factor`, keeps the fast, blends between."""
+    """[hd/2] by what angle each pair of dimensions turns from one position to the next. linear scaling divides all of
+    them by `factor`; llama3 scaling divides the slow ones, keeps the fast, and blends those between."""
     rope = config.rope
     inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if rope["rope_type"] == "linear":
@@ -604,8 +677,8 @@ def response_logprobs(net, prompts, responses):
 
 
 def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")):
-    """A local directory as it is, or a hub repository downloaded (and cached) by huggingface_hub.
-    Returns the directory."""
+    """The directory of a checkpoint: a local one as it is, or a hub repository's files that match `patterns`,
+    downloaded (and cached) by huggingface_hub. Raises UserError where neither is to be had."""
     if os.path.isdir(path_or_hub_id):
         if os.path.isdir(os.path.join(path_or_hub_id, "state")):
             raise run.UserError(f"{path_or_hub_id} is a run's directory; give a checkpoint in it, such as its iter-1")
@@ -650,77 +723,77 @@ def _read_tensors(path):
 
 
 def _names(net):
-    """Map each Hugging Face weight name to the tensor (a slice of a fused one, where ours are fused) that holds it."""
+    """{Hugging Face's name of a weight: the tensor that holds it}, where ours are fused a slice of the fused one."""
     c = net.config
     names = {"model.embed_tokens.weight": net.embed.weight, "model.norm.weight": net.norm}
     if not c.tied:
         names["lm_head.weight"] = net.head.weight
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     for i, layer in enumerate(net.layers):
-        p = f"model.layers.{i}."
-        norms = {"input": layer.norm1, "post_attention": layer.norm2}
-        if c.gemma:     # where post_attention means what it says; elsewhere it is the norm before the MLP
+        prefix = f"model.layers.{i}."
+        norms = {"input": layer.norm1, "post_attention": layer.norm2}           # this "post" stands before the MLP
+        if c.gemma:
             norms = {"input": layer.norm1, "post_attention": layer.norm1_out,
                      "pre_feedforward": layer.norm2, "post_feedforward": layer.norm2_out}
-        names |= {f"{p}{name}_layernorm.weight": weight for name, weight in norms.items()}
+        for name, weight in norms.items():
+            names[f"{prefix}{name}_layernorm.weight"] = weight
         if c.qk_norm:
-            names |= {p + "self_attn.q_norm.weight": layer.q_norm, p + "self_attn.k_norm.weight": layer.k_norm}
+            names[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+            names[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+        # each of our linears, and the rows of it that each of theirs has
+        linears = ((layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+                   (layer.o, {"self_attn.o_proj": c.hidden_size}),
+                   (layer.down, {"mlp.down_proj": c.hidden_size}),
+                   (layer.gate_up, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}))
         for kind in ("weight", "bias"):
-            fused = ((layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),
-                     (layer.o, ("self_attn.o_proj",), None), (layer.down, ("mlp.down_proj",), None),
-                     (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (c.intermediate_size,) * 2))
-            for linear, parts, sizes in fused:
-                whole = getattr(linear, kind)
-                if whole is not None:
-                    names |= {p + part + "." + kind: t
-                              for part, t in zip(parts, whole.detach().split(sizes) if sizes else (whole,))}
+            for linear, sizes in linears:
+                tensor = getattr(linear, kind)
+                if tensor is not None:
+                    for name, part in zip(sizes, tensor.detach().split(list(sizes.values()))):
+                        names[f"{prefix}{name}.{kind}"] = part
     return names
 
 
 @torch.no_grad()
 def _fill(net, tensors, path):
+    """Copy a checkpoint's weights, (file, name, tensor) each, into the net. Raises UserError unless every weight of the
+    net comes by in its shape, and no other."""
     names = _names(net)
     missing = set(names)
     for file, key, tensor in tensors:
         if key not in names:
             if key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"):
-                continue                        # tied, or a constant that old checkpoints stored
+                continue                        # tied to the embedding, or a constant that old checkpoints stored
             raise run.UserError(f"{file} holds {key}, which a {net.config.raw['model_type']} model does not have; "
                                 "is config.json of another model?")
         if tensor.shape != names[key].shape:
             raise run.UserError(f"{file}: {key} has shape {list(tensor.shape)}, "
                                 f"config.json wants {list(names[key].shape)}; they do not belong together")
-        names[key].copy_(tensor)
+        names[key].copy_(tensor)                # in place: this may be a slice of a fused weight
         missing.discard(key)
     if missing:
-        raise run.UserError(f"{path} lacks the weight {sorted(missing)[0]}"
-                            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                            + "; the checkpoint is incomplete, download it again")
-    generation = os.path.join(path, "generation_config.json")
-    if os.path.exists(generation):
-        net.generation = run.read_json(generation)
-
-
-def _export(net):
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _names(net).items()}
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise run.UserError(f"{path} lacks the weight {sorted(missing)[0]}{more}"
+                            "; the checkpoint is incomplete, download it again")
 
 
 def _write_tensors(tensors, path, max_shard_bytes):
-    """model.safetensors, or shards with an index where it would exceed max_shard_bytes."""
+    """Write model.safetensors, or shards with an index where it would exceed max_shard_bytes."""
     from safetensors.torch import save_file
 
-    shards, sizes = [{}], [0]
+    shards, size = [{}], 0                      # size: bytes in the last shard
     for name, tensor in tensors.items():
-        if sizes[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
+        if size and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
-            sizes.append(0)
+            size = 0
         shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
-    weight_map = {}
+        size += tensor.nbytes
+    weight_map = {}                             # {name of a weight: its file}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(path, file), metadata={"format": "pt"})
         weight_map |= {name: file for name in shard}
     if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in tensors.values())
         run.write_json(os.path.join(path, "model.safetensors.index.json"),
-                       {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+                       {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -6,6 +6,7 @@ rotation, window or bias moves the logits by a hundred times the tolerances (`te
 
 import copy
 import dataclasses
+import doctest
 import json
 import os
 import shutil
@@ -80,6 +81,12 @@ def logits(net, row):
     """[T, V] of one row, from ours or transformers'."""
     tokens = torch.tensor([row])
     return net.logits(net(tokens))[0] if isinstance(net, Transformer) else net(tokens).logits[0]
+
+
+def test_doctests():
+    """Among them the pack of two prompts and three responses, token for token."""
+    result = doctest.testmod(model)
+    assert result.failed == 0 and result.attempted >= 7
 
 
 def read_json(*path):
@@ -353,6 +360,24 @@ def test_response_logprobs_equal_transformers(family):
 def test_nothing_in_the_pack_is_computed_twice_or_padded():
     view = model.SharedPrefix(PROMPTS, RESPONSES, "cpu")
     assert view.tokens.tolist() == sum(PROMPTS, []) + sum(sum(RESPONSES, []), [])
+
+
+@torch.no_grad()
+def test_a_mask_for_each_window_and_not_for_each_layer(checkpoints, monkeypatch):
+    """Layers of no window, 4 and 4. Prompts without a window are left to torch's own causal kernel."""
+    net = Transformer.from_pretrained(checkpoints["qwen2"][0])
+    assert net.config.windows == (None, WINDOW, WINDOW)
+    built, real = [], model._mask
+    monkeypatch.setattr(model, "_mask", lambda *arguments: built.append(arguments[2]) or real(*arguments))
+    view = model.SharedPrefix(PROMPTS, RESPONSES, "cpu")
+    net(view.tokens, view)
+    assert sorted(map(str, built)) == ["4", "4", "None"]                        # prompts; responses; responses
+    decoder = Decoder(net)
+    decoder.admit(ROWS, 1)
+    built.clear()
+    decoder.cache.step(13)
+    net(torch.tensor([1, 2, 3]), decoder.cache)
+    assert sorted(map(str, built)) == ["4", "None"]
 
 
 def test_a_response_is_blind_to_its_neighbours(family):
