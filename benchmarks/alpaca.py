@@ -1,4 +1,10 @@
-"""TODO"""
+"""`python eval.py alpaca`: AlpacaEval 2.0's figures, as its leaderboard has them, from one model's annotations.
+
+805 instructions; a judge says for each whether it prefers the model's answer or the baseline's. The win rate is the
+mean of that. Judges like long answers, so the leaderboard's first figure is the *length-controlled* win rate: a
+logistic regression says how the preference depends on the length, the instruction's difficulty and the model, and is
+then asked about answers as long as the baseline's. `length_controlled` is that; the rest reads files and prints.
+"""
 
 import csv
 import dataclasses
@@ -9,84 +15,24 @@ import numpy as np
 import torch
 
 import run
+from chat import read_rows
+from winrate import mean_and_error
 
 
-def read_table(flag, path, columns):
-    """{name: array [n]} of the named columns of a .csv file with a header. columns: {name: str or float}. Raises
-    UserError for a missing column, no rows, or a cell that is no number."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError("it is empty")
-        return {name: np.array([kind(row[name]) for row in rows]) for name, kind in columns.items()}
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise run.UserError(f"{flag} {path} cannot be used ({getattr(error, 'strerror', None) or error}); "
-                            f"give the .csv table with the columns {', '.join(columns)}") from None
+@dataclasses.dataclass
+class AlpacaSettings:
+    """Flags of `python eval.py alpaca`."""
+    annotations: str = run.flag("", "one model's annotations by one judge, .json or .jsonl, gzipped or not (needed)",
+                                needed=True)
+    gamed: str = run.flag("", "AlpacaEval's df_gamed.csv (hub data set tatsu-lab/alpaca_eval), for length control")
+    difficulty: str = run.flag("", "AlpacaEval's instruction_difficulty.csv, from the same place")
+    instructions: str = run.flag("", "all the benchmark's instructions in the tables' order (any complete annotations),"
+                                     " for --annotations that are a part of them or in another order")
+    json: bool = run.flag(False, "print the figures as one JSON object")
 
 
-def read_annotations(path):
-    """One model's AlpacaEval annotations: dicts with `preference` in [1, 2], or None where the judge gave no verdict.
-    Raises UserError for several models, baselines or judges, an instruction that comes twice, or no verdict at all."""
-    names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
-    rows = read_rows("--annotations", path, dict.fromkeys(names, str) | {"preference": (int, float, type(None))})
-    for name in ("generator_1", "generator_2", "annotator"):
-        values = sorted({row[name] for _, row in rows})
-        if len(values) > 1:
-            raise run.UserError(f"--annotations {path} mixes {values[0]} and {values[1]} in `{name}`; "
-                                "give the annotations of one model against one baseline by one annotator")
-    seen = set()
-    for where, row in rows:
-        value = row["preference"]
-        if value is None or math.isnan(value):
-            row["preference"] = None
-        elif value == 0:                                # how old files write a tie
-            row["preference"] = 1.5
-        elif not 1 <= value <= 2:
-            raise run.UserError(f"--annotations {path}, {where}: preference {value} is not in [1, 2]; 1 prefers "
-                                "output_1, 2 prefers output_2, 1.5 is a tie, null is no verdict")
-        if row["instruction"] in seen:
-            raise run.UserError(f"--annotations {path}, {where}: its instruction has come before; keep one row of each")
-        seen.add(row["instruction"])
-    if all(row["preference"] is None for _, row in rows):
-        raise run.UserError(f"--annotations {path} holds no verdict, every preference is null; judge it again")
-    return [row for _, row in rows]
-
-
-def length_tables(s, texts, baseline):
-    """What length control needs besides the annotations, from the files in AlpacaSettings `s`: (difficulty [n] of the
-    instructions `texts`, the gamed rows as `length_controlled` takes them, a word on it). Without files, zeros and no
-    rows, which leaves the difficulty term out of the fit.
-
-    The difficulty table holds no instructions, only their places: with a part of the benchmark, or another order, rows
-    would be given the wrong difficulty in silence. Raises UserError where that, or a table of other data, can be seen.
-    """
-    if bool(s.gamed) != bool(s.difficulty):
-        raise run.UserError("--gamed and --difficulty belong together; give both tables or neither")
-    if not s.gamed:
-        return (np.zeros(len(texts)), (np.zeros(0),) * 3,
-                "without --gamed and --difficulty: no difficulty term, no leaderboard figure")
-    difficulty = read_table("--difficulty", s.difficulty, {"instruction_difficulty": float})["instruction_difficulty"]
-    names, place, d, y, t = read_table("--gamed", s.gamed, {
-        "model": str, "index": float, "instruction_difficulty": float, "preference": float, "std_delta_len": float,
-    }).values()
-    if not np.char.startswith(names, baseline).all():
-        raise run.UserError(f"--gamed {s.gamed} is about {names[0]}, but the baseline in --annotations is {baseline}; "
-                            "give the tables of that baseline, or leave --gamed and --difficulty out")
-    known = dict(enumerate(difficulty))
-    if not (np.allclose([known.get(i, math.nan) for i in place], d) and (abs(y - 0.5) <= 0.5).all()
-            and np.isfinite(t).all() and np.isfinite(difficulty).all()):
-        raise run.UserError(f"--gamed {s.gamed} and --difficulty {s.difficulty} do not fit together or are damaged; "
-                            "download both again, from one release")
-    order = texts if not s.instructions else [
-        row["instruction"] for _, row in read_rows("--instructions", s.instructions, {"instruction": str})]
-    of = dict(zip(order, difficulty))
-    if len(order) != len(difficulty) or not of.keys() >= set(texts):
-        raise run.UserError(f"--annotations ({len(texts)} rows) does not match --difficulty ({len(difficulty)} rows); "
-                            "give --instructions with all the benchmark's instructions in order, or, for prompts of "
-                            "another set, leave --gamed and --difficulty out")
-    return (np.array([of[text] for text in texts]), (np.tanh(t), d, y),
-            f"difficulties matched by {'instruction' if s.instructions else 'position'}")
+# ---------------------------------------------------------------------------------------------------------------------
+# the figures
 
 
 def logistic_regression(X, y, weight, ridge=1e-4):
@@ -124,17 +70,24 @@ def length_controlled(y, shorter, difficulty, gamed):
     rows hardly need one, the strength picked is weak, and leaving it out moves published values by at most 0.12 points:
     this is maximum likelihood. Where all difficulties are 0 and there are no gamed rows, the n values are the same.
     """
-    spread = shorter.std(ddof=1) if len(y) > 1 else math.inf
+    spread = shorter.std(ddof=1) if len(y) > 1 else math.inf        # one row has none: its t is 0
     t, ones = np.tanh(shorter / (spread or 1)), np.ones(len(y))
     gamed_t, gamed_difficulty, gamed_y = gamed
-    X = np.concatenate([np.stack([t, difficulty, ones], 1), np.stack([gamed_t, gamed_difficulty, 0 * gamed_t], 1)])
-    a, c, b = logistic_regression(X, np.append(y, gamed_y), np.append(ones, 0.1 + 0 * gamed_t))
+    own_rows = np.stack([t, difficulty, ones], 1)                                       # [n, 3]
+    gamed_rows = np.stack([gamed_t, gamed_difficulty, 0 * gamed_t], 1)                  # [m, 3]
+    _, c, b = logistic_regression(np.concatenate([own_rows, gamed_rows]), np.append(y, gamed_y),
+                                  np.append(ones, 0.1 + 0 * gamed_t))
     return 1 / (1 + np.exp(-c * difficulty - b))
 
 
 def win_rates(y):
     """AlpacaEval's figures of y [n], the judge's preference for the model in [0, 1]; rates in percent. The discrete win
-    rate rounds every preference first; a tie is one half in both. standard_error is None for a single row."""
+    rate rounds every preference first; a tie is one half in both. standard_error is None for a single row.
+
+    >>> figures = win_rates(np.array([1.0, 0.6, 0.5, 0.0]))
+    >>> figures["win_rate"], figures["discrete_win_rate"], figures["n_wins"], figures["n_draws"]
+    (52.5, 62.5, 2, 1)
+    """
     wins, losses = int((y > 0.5).sum()), int((y < 0.5).sum())
     rate, error = mean_and_error(torch.from_numpy(100 * y))
     return {"win_rate": rate, "standard_error": None if math.isnan(error) else error,
@@ -142,29 +95,120 @@ def win_rates(y):
             "n_wins": wins, "n_wins_base": losses, "n_draws": len(y) - wins - losses, "n_total": len(y)}
 
 
-@dataclasses.dataclass
-class AlpacaSettings:
-    """Flags of `python eval.py alpaca`."""
-    annotations: str = run.flag("", "one model's annotations by one judge, .json or .jsonl, gzipped or not (needed)")
-    gamed: str = run.flag("", "AlpacaEval's df_gamed.csv (hub data set tatsu-lab/alpaca_eval), for length control")
-    difficulty: str = run.flag("", "AlpacaEval's instruction_difficulty.csv, from the same place")
-    instructions: str = run.flag("", "all the benchmark's instructions in the tables' order (any complete annotations),"
-                                     " for --annotations that are a part of them or in another order")
-    json: bool = run.flag(False, "print the figures as one JSON object")
+# ---------------------------------------------------------------------------------------------------------------------
+# the files
 
 
-def alpaca(argv):
-    """The sub-command `alpaca`: AlpacaEval 2.0's figures, as its leaderboard has them, from one model's annotations."""
-    s = run.parse(AlpacaSettings, argv, "AlpacaEval 2.0: win rate, length-controlled win rate, win rate by subset")
-    if not s.annotations:
-        raise run.UserError("--annotations is needed; give one model's annotations.json")
-    if s.instructions and not s.difficulty:
+def read_annotations(path):
+    """One model's AlpacaEval annotations: dicts with `preference` in [1, 2], or None where the judge gave no verdict.
+    Raises UserError for several models, baselines or judges, an instruction that comes twice, or no verdict at all."""
+    names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
+    rows = read_rows("--annotations", path, dict.fromkeys(names, str) | {"preference": (int, float, type(None))})
+    for name in ("generator_1", "generator_2", "annotator"):
+        values = sorted({row[name] for _, row in rows})
+        if len(values) > 1:
+            raise run.UserError(f"--annotations {path} mixes {values[0]} and {values[1]} in `{name}`; "
+                                "give the annotations of one model against one baseline by one annotator")
+    seen = set()
+    for where, row in rows:
+        value = row["preference"]
+        if value is None or math.isnan(value):
+            row["preference"] = None
+        elif value == 0:                                # how old files write a tie
+            row["preference"] = 1.5
+        elif not 1 <= value <= 2:
+            raise run.UserError(f"--annotations {path}, {where}: preference {value} is not in [1, 2]; 1 prefers "
+                                "output_1, 2 prefers output_2, 1.5 is a tie, null is no verdict")
+        if row["instruction"] in seen:
+            raise run.UserError(f"--annotations {path}, {where}: its instruction has come before; keep one row of each")
+        seen.add(row["instruction"])
+    if all(row["preference"] is None for _, row in rows):
+        raise run.UserError(f"--annotations {path} holds no verdict, every preference is null; judge it again")
+    return [row for _, row in rows]
+
+
+def read_table(flag, path, columns):
+    """{name: array [n]} of the named columns of a .csv file with a header. columns: {name: str or float}. Raises
+    UserError for a missing column, no rows, or a cell that is no number."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("it is empty")
+        return {name: np.array([kind(row[name]) for row in rows]) for name, kind in columns.items()}
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise run.UserError(f"{flag} {path} cannot be used ({getattr(error, 'strerror', None) or error}); "
+                            f"give the .csv table with the columns {', '.join(columns)}") from None
+
+
+def length_tables(args, texts, baseline):
+    """What length control needs besides the annotations: (difficulty [n] of the instructions `texts`, the gamed rows as
+    `length_controlled` takes them, a word on it). Without --gamed and --difficulty, zeros and no rows, which leaves the
+    difficulty term out of the fit. Raises UserError for tables that do not belong together or to `baseline`."""
+    if bool(args.gamed) != bool(args.difficulty):
+        raise run.UserError("--gamed and --difficulty belong together; give both tables or neither")
+    if not args.gamed:
+        return (np.zeros(len(texts)), (np.zeros(0),) * 3,
+                "without --gamed and --difficulty: no difficulty term, no leaderboard figure")
+    table = read_table("--difficulty", args.difficulty, {"instruction_difficulty": float})["instruction_difficulty"]
+    gamed = _read_gamed(args, table, baseline)
+    how = f"difficulties matched by {'instruction' if args.instructions else 'position'}"
+    return _matched_difficulties(args, table, texts), gamed, how
+
+
+def _read_gamed(args, table, baseline):
+    """(t [m], difficulty [m], y [m]) of the gamed rows, whose difficulties must be those of the difficulty `table`."""
+    gamed = read_table("--gamed", args.gamed, {"model": str, "index": float, "instruction_difficulty": float,
+                                               "preference": float, "std_delta_len": float})
+    if not np.char.startswith(gamed["model"], baseline).all():
+        raise run.UserError(f"--gamed {args.gamed} is about {gamed['model'][0]}, but the baseline in --annotations is "
+                            f"{baseline}; give the tables of that baseline, or leave --gamed and --difficulty out")
+    difficulty, y, delta = gamed["instruction_difficulty"], gamed["preference"], gamed["std_delta_len"]
+    at = dict(enumerate(table))
+    fits = np.allclose([at.get(place, math.nan) for place in gamed["index"]], difficulty)
+    if not (fits and np.isfinite(table).all() and np.isfinite(delta).all() and (abs(y - 0.5) <= 0.5).all()):
+        raise run.UserError(f"--gamed {args.gamed} and --difficulty {args.difficulty} do not fit together or are "
+                            "damaged; download both again, from one release")
+    return np.tanh(delta), difficulty, y
+
+
+def _matched_difficulties(args, table, texts):
+    """The difficulty of each of the instructions `texts`, [n].
+
+    The difficulty table holds no instructions, only their places: with a part of the benchmark, or another order, rows
+    would be given the wrong difficulty in silence. Raises UserError where that can be seen.
+    """
+    order = texts
+    if args.instructions:
+        order = [row["instruction"] for _, row in read_rows("--instructions", args.instructions, {"instruction": str})]
+    of = dict(zip(order, table))
+    if len(order) != len(table) or not of.keys() >= set(texts):
+        raise run.UserError(f"--annotations ({len(texts)} rows) does not match --difficulty ({len(table)} rows); "
+                            "give --instructions with all the benchmark's instructions in order, or, for prompts of "
+                            "another set, leave --gamed and --difficulty out")
+    return np.array([of[text] for text in texts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def main(argv):
+    """Print AlpacaEval's figures of the model in --annotations."""
+    args = run.parse(AlpacaSettings, argv, "AlpacaEval 2.0: win rate, length-controlled win rate, win rate by subset")
+    if args.instructions and not args.difficulty:
         raise run.UserError("--instructions orders the rows of --difficulty; give --gamed and --difficulty too")
-    rows = read_annotations(s.annotations)
+    figures = _figures(args, read_annotations(args.annotations))
+    print(json.dumps(figures) if args.json else _as_text(figures))
+
+
+def _figures(args, rows):
+    """Everything that the command prints, out of the annotations' rows; those without a verdict keep their place while
+    difficulties are matched, and are left out of every figure."""
     name, baseline, judge = (rows[0][key] for key in ("generator_2", "generator_1", "annotator"))
-    difficulty, gamed, how = length_tables(s, [row["instruction"] for row in rows], baseline)
+    difficulty, gamed, how = length_tables(args, [row["instruction"] for row in rows], baseline)
     keep = [i for i, row in enumerate(rows) if row["preference"] is not None]
-    kept, dropped = [rows[i] for i in keep], len(rows) - len(keep)
+    kept = [rows[i] for i in keep]
     y = np.array([row["preference"] - 1.0 for row in kept])
     shorter = np.array([float(len(row["output_1"]) - len(row["output_2"])) for row in kept])
     same = name == baseline and (y == 0.5).all()        # a name alone may be two players'
@@ -173,24 +217,28 @@ def alpaca(argv):
     else:
         controlled = length_controlled(y, shorter, difficulty[keep], gamed)
     lc = win_rates(controlled)
-    if not s.difficulty and not same:           # the published error is the spread over instructions, without the
+    if not args.difficulty and not same:        # the published error is the spread over instructions, without the
         lc["standard_error"] = None             # coefficients' uncertainty; here there is no spread to report
     subsets = {}
     for row, value in zip(kept, y):
         subsets.setdefault(str(row.get("dataset", "all")), []).append(value)
-    figures = {"model": name, "baseline": baseline, "annotator": judge, **win_rates(y), "n_dropped": dropped,
-               "avg_length": sum(len(row["output_2"]) for row in kept) // len(kept),
-               "length_controlled_winrate": lc["win_rate"], "lc_standard_error": lc["standard_error"],
-               "length_control": how, "subsets": {k: win_rates(np.array(v)) for k, v in sorted(subsets.items())}}
-    lines = [f"{name} against {baseline}, judge {judge}: {len(y)} rows, {dropped} without a verdict dropped, "
-             f"{figures['avg_length']} characters on average",
-             f"{'length-controlled win rate':28s}{_rate(lc)}   {how}"]
+    return {"model": name, "baseline": baseline, "annotator": judge, **win_rates(y),
+            "n_dropped": len(rows) - len(kept), "avg_length": sum(len(row["output_2"]) for row in kept) // len(kept),
+            "length_controlled_winrate": lc["win_rate"], "lc_standard_error": lc["standard_error"],
+            "length_control": how, "subsets": {k: win_rates(np.array(v)) for k, v in sorted(subsets.items())}}
+
+
+def _as_text(figures):
+    lines = ["{model} against {baseline}, judge {annotator}: {n_total} rows, {n_dropped} without a verdict dropped, "
+             "{avg_length} characters on average".format(**figures),
+             f"{'length-controlled win rate':28s}"
+             f"{_rate(figures['length_controlled_winrate'], figures['lc_standard_error'])}   "
+             f"{figures['length_control']}"]
     for what, f in [("win rate", figures), *figures["subsets"].items()]:
-        lines.append(f"{what:28s}{_rate(f)}   discrete {f['discrete_win_rate']:6.2f}, {f['n_wins']} wins, "
-                     f"{f['n_wins_base']} losses, {f['n_draws']} ties")
-    print(json.dumps(figures) if s.json else "\n".join(lines))
+        lines.append(f"{what:28s}{_rate(f['win_rate'], f['standard_error'])}   discrete {f['discrete_win_rate']:6.2f}, "
+                     f"{f['n_wins']} wins, {f['n_wins_base']} losses, {f['n_draws']} ties")
+    return "\n".join(lines)
 
 
-def _rate(f):
-    error = f" ±{f['standard_error']:5.2f}" if f["standard_error"] is not None else " " * 7
-    return f"{f['win_rate']:6.2f} %" + error
+def _rate(rate, error):
+    return f"{rate:6.2f} %" + (" " * 7 if error is None else f" ±{error:5.2f}")

@@ -1,4 +1,14 @@
-"""TODO"""
+"""`python eval.py judge`: judgments on an answer file, in the format that the benchmark's scoring reads.
+
+    --mode     a question to the judge                               its reply
+    pairwise   one prompt and two answers, called m and M            the probability of m          AlpacaEval
+    arena      the same, called A and B, put in both orders          a text with one of A>>B ...   Arena-Hard
+    single     a conversation up to one of its turns                 a text with [[1]] to [[10]]   MT-Bench
+
+Each mode is a class below: `.questions` is what is to be asked, and `.rows(replies)` makes the benchmark's own rows of
+the replies. Who is asked is the other choice, --judge: a model that runs here or an endpoint, which read text, or one
+of prefmodel.py's judges of pairs. A reply that cannot be read is kept as such, counted, and left out of the scores.
+"""
 
 import dataclasses
 import json
@@ -7,17 +17,24 @@ import re
 
 import torch
 
-import run
 import model
-import rollout
-import chat
 import prefmodel
-from benchmarks import replies
+import rollout
+import run
+import winrate
+from benchmarks.endpoint import Endpoint
+from benchmarks.formats import read_answers, read_questions
+from benchmarks.replies import Replies, batches
+from chat import fill, load_checkpoint, placeholders, read_template
 
 
-# What judges that read text are asked, and what has to stand in a text given with --judge-prompt. Placeholders are
-# filled in one pass, so that an answer which spells one out stays as it is.
-JUDGE_PROMPTS = {"pairwise": """\
+# ---------------------------------------------------------------------------------------------------------------------
+# what judges that read text are asked, in this project's own words with the benchmarks' labels
+#
+# The names in curly brackets are what a text given with --judge-prompt has to hold too. They are filled in one pass, so
+# that an answer which spells one out stays as it is.
+
+PAIRWISE_PROMPT = """\
 Two models, called m and M, were given the same instruction. Decide whose answer a careful person would rather have.
 
 # The instruction
@@ -31,7 +48,9 @@ Two models, called m and M, were given the same instruction. Decide whose answer
 
 # Your verdict
 Go by what the answers are worth to the person who asked, not by their order, and not by length for its own sake. Reply
-with one character and nothing else: m if model m's answer is better, M if model M's is.""", "arena": """\
+with one character and nothing else: m if model m's answer is better, M if model M's is."""
+
+ARENA_PROMPT = """\
 Compare how two assistants, A and B, answered a user. First work out your own answer. Then look in both for what is
 wrong, missing or beside the point, and weigh it. Where both are right, prefer the more helpful and the clearer one.
 
@@ -46,7 +65,9 @@ wrong, missing or beside the point, and weigh it. Where both are right, prefer t
 
 # Your verdict
 Explain it briefly, and end with exactly one of these labels: [[A>>B]] A is much better, [[A>B]] A is slightly better,
-[[A=B]] they are about equal, [[B>A]] B is slightly better, [[B>>A]] B is much better.""", "single": """\
+[[A=B]] they are about equal, [[B>A]] B is slightly better, [[B>>A]] B is much better."""
+
+SINGLE_PROMPT = """\
 Rate the assistant's last answer in the conversation below: is it correct, helpful, to the point, deep enough, and
 original where that was asked for? An earlier answer is there only to make the last one understood.
 
@@ -58,9 +79,100 @@ original where that was asked for? An earlier answer is there only to make the l
 
 # Your verdict
 Explain it in a few sentences. If a correct answer is given for comparison, name the mistakes you find against it. End
-with a whole number from 1 (useless) to 10 (excellent) in double brackets, for instance [[5]]."""}
-ANSWER_FIELDS = {"pairwise": "instruction, output, generator", "arena": "uid, model, messages",
-                 "single": "question_id, model_id, choices"}
+with a whole number from 1 (useless) to 10 (excellent) in double brackets, for instance [[5]]."""
+
+JUDGE_PROMPTS = {"pairwise": PAIRWISE_PROMPT, "arena": ARENA_PROMPT, "single": SINGLE_PROMPT}
+MT_BENCH_WITH_REFERENCE = ("math", "reasoning", "coding")       # categories whose answers can be right or wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+@dataclasses.dataclass
+class JudgeSettings:
+    """Flags of `python eval.py judge`."""
+    answers: str = run.flag("", "the answer file to be judged, as generate writes it (needed)", needed=True)
+    reference: str = run.flag("", "whom it plays against: the baseline's answer file (pairwise and arena: needed); "
+                                  "single: right answers as an answer file [the questions' own `reference`]")
+    mode: str = run.flag("", "pairwise (AlpacaEval: one token, m or M, by its log-probabilities), arena (Arena-Hard: "
+                             "A>>B to B>>A, both orders) or single (MT-Bench: 1 to 10 for each turn) (needed)",
+                         tuple(JUDGE_PROMPTS), needed=True)
+    judge: str = run.flag("", "who judges (needed): model:DIR_OR_HUB_ID or api:MODEL_NAME; pairwise also pairrm:"
+                              "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, and oracle or styles (embedded worlds)",
+                          needed=True)
+    prompts: str = run.flag("", "the benchmark's questions (arena and single: needed)")
+    out: str = run.flag("", "the judgments' file (needed); the same command goes on where it was interrupted",
+                        needed=True)
+    judge_prompt: str = run.flag("", "file with another text for judges that read text; its placeholders: " + "; ".join(
+        " ".join([mode, *re.findall(r"\{\w+\}", text)]) for mode, text in JUDGE_PROMPTS.items()))
+    both_orders: bool = run.flag(False, "pairwise: ask in both orders and take the mean [one order, by lot]")
+    base_url: str = run.flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
+                                 "[https://api.openai.com/v1]")
+    workers: int = run.flag(8, "api: requests under way at once", at_least=1)
+    timeout: float = run.flag(120.0, "api: seconds to wait for a reply", above=0)
+    retries: int = run.flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply",
+                            at_least=0)
+    max_new_tokens: int = run.flag(2048, "arena and single: tokens of a judge's reply", at_least=1)
+    batch: int = run.flag(64, "judgments between two writes, for judges that run here", at_least=1)
+    max_rows: int = run.flag(64, "a judging model's replies sampled at once", at_least=1)
+    seed: int = run.flag(0, "seed of the order in which a pair is shown; it depends on the pair, not on its place")
+    device: str = run.flag("auto", "cuda, mps or cpu")
+    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    json: bool = run.flag(False, "print the report as one JSON object")
+
+
+def main(argv):
+    """Judge every answer that has no judgment yet, and write --out when all have one."""
+    args = run.parse(JudgeSettings, argv, "judge a benchmark's answers and write its own file of judgments")
+    kind, path = _check_judge(args)
+    template = None                                     # a judge of pairs is shown the texts themselves
+    if kind in ("model", "api"):
+        default = JUDGE_PROMPTS[args.mode]
+        template = read_template("--judge-prompt", args.judge_prompt, default, placeholders(default))
+    task = MODES[args.mode](args, template)
+    ask = {"model": _ask_model, "api": _ask_endpoint}.get(kind, _ask_judge_of_pairs)
+    replies = Replies(args.out, args, task.questions)
+    now = len(replies.missing(len(task.questions)))
+    if not replies.report:
+        found = replies.collect(len(task.questions), lambda n: ask(args, path, task.questions, n), "judging")
+        rows, unreadable = task.rows(found)
+        replies.finish(rows, {"rows": len(rows), "judgments": len(task.questions), "unreadable": unreadable},
+                       as_list=args.mode == "pairwise")
+    report = {"out": args.out, "mode": args.mode, "judge": args.judge, **replies.report, "judged_now": now}
+    print(json.dumps(report) if args.json else
+          "{out}: {rows} rows by {judge} ({judgments} judgments, {judged_now} of them now), {unreadable} without a "
+          "readable verdict".format(**report))
+
+
+def _check_judge(args):
+    """(kind, path or name) of the judge. Raises UserError for flags that are missing or do not fit together."""
+    for name in {"pairwise": ["reference"], "arena": ["reference", "prompts"], "single": ["prompts"]}[args.mode]:
+        if not getattr(args, name):
+            raise run.UserError(f"--{name} is needed with --mode {args.mode} and was not given; --help says what it is")
+    kind, _, path = args.judge.partition(":")
+    reads_text = kind in ("model", "api") and bool(path)
+    of_pairs = kind in ("pairrm", "reward") and bool(path) or prefmodel.world_of(args.judge) is not None
+    if not reads_text and not of_pairs:
+        raise run.UserError(f"--judge {args.judge} is not known; give model:PATH, api:MODEL_NAME, pairrm:PATH, "
+                            f"reward:PATH, {' or '.join(prefmodel.WORLD_JUDGES)}")
+    if of_pairs and args.mode != "pairwise":
+        raise run.UserError(f"--mode {args.mode} needs a judge that writes; give --judge model:PATH or api:MODEL_NAME, "
+                            "or --mode pairwise")
+    if args.prompts and args.mode == "pairwise":
+        raise run.UserError("--prompts is for --mode arena and single; leave it out")
+    if of_pairs and args.judge_prompt:
+        raise run.UserError(f"--judge-prompt is for judges that read text; leave it out with --judge {kind}")
+    if args.both_orders and (of_pairs or args.mode != "pairwise"):
+        raise run.UserError("--both-orders is for --mode pairwise with a judge that reads text; leave it out, others "
+                            "need no telling")
+    if args.base_url and kind != "api":
+        raise run.UserError("--base-url is for --judge api:MODEL_NAME; leave it out")
+    return kind, path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a judge's text says
 
 
 def parse_verdict(text):
@@ -83,253 +195,205 @@ def parse_rating(text):
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else -1
 
 
-def read_answers(path, flag, mode):
-    """{instruction, uid or question_id: (texts of the turns, who answered)} of a benchmark's answer file.
+# ---------------------------------------------------------------------------------------------------------------------
+# the three modes: what is asked, and what the replies become
 
-    pairwise: AlpacaEval's rows, or generate's jsonl; single: MT-Bench's; arena: Arena-Hard's, v2 or v0.1.
-    Raises UserError, naming flag, file and line, for a row without these fields and for a key that stands twice.
+
+class Pairwise:
+    """AlpacaEval: which of two answers is better? A reply is the probability that the answer called m is, or None.
+
+    Which answer is m is drawn by lot for each pair, because judges favour a place; with --both-orders a pair is asked
+    twice. For judges of pairs, which read both orders themselves, m is always the model's, and a question is
+    (instruction, (m, M)) in place of a text.
     """
-    found = {}
-    for where, row in read_rows(flag, path):
-        try:
-            if mode == "pairwise":
-                key = row["prompt" if "prompt" in row else "instruction"]       # the prompt has the input in it too
-                turns, name = [row["output"]], row["generator"]
-            elif "choices" in row:
-                key, turns = row["question_id"], row["choices"][0]["turns"]
-                name = row["model_id" if "model_id" in row else "model"]
-            else:
-                key, turns, name = str(row["uid"]), [row["messages"][-1]["content"]], row["model"]
-            turns = [t if isinstance(t, str) else t["answer" if "answer" in t else "content"] for t in turns]
-            if not (turns and all(isinstance(t, str) for t in [*turns, name]) and isinstance(key, (str, int))):
-                raise TypeError
-        except (KeyError, TypeError, IndexError):
-            raise run.UserError(f"{flag} {path}, {where}: no answer that --mode {mode} can read; every row needs "
-                                f"{ANSWER_FIELDS[mode]}") from None
-        if key in found:
-            raise run.UserError(f"{flag} {path}, {where}: {str(key)[:40]!r} is answered twice; remove one of the rows")
-        found[key] = turns, name
-    return found
 
+    def __init__(self, args, template):
+        self.args = args
+        self.ours, self.theirs = _two_players(args)
+        winrate.check_world_prompts(args.judge, list(self.ours), "--answers")
+        self.questions, self.ours_is_m = [], []
+        for instruction, mine in self.ours.items():
+            answer, other = mine.turns[0], self.theirs[instruction].turns[0]
+            first = template is None or bool(run.stream(args.seed, "order", instruction, other, answer) & 1)
+            for ours_is_m in ([first, not first] if args.both_orders else [first]):
+                m, M = (answer, other) if ours_is_m else (other, answer)
+                self.ours_is_m.append(ours_is_m)
+                self.questions.append((instruction, (m, M)) if template is None else
+                                      fill(template, instruction=instruction, output_m=m, output_M=M))
 
-@dataclasses.dataclass
-class JudgeSettings:
-    """Flags of `python eval.py judge`."""
-    answers: str = run.flag("", "the answer file to be judged, as generate writes it (needed)")
-    reference: str = run.flag("", "whom it plays against: the baseline's answer file (pairwise and arena: needed); "
-                                  "single: right answers as an answer file [the questions' own `reference`]")
-    mode: str = run.flag("", "pairwise (AlpacaEval: one token, m or M, by its log-probabilities), arena (Arena-Hard: "
-                             "A>>B to B>>A, both orders) or single (MT-Bench: 1 to 10 for each turn) (needed)",
-                         tuple(JUDGE_PROMPTS))
-    judge: str = run.flag("", "who judges (needed): model:DIR_OR_HUB_ID or api:MODEL_NAME; pairwise also pairrm:"
-                              "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, and oracle or styles (embedded worlds)")
-    prompts: str = run.flag("", "the benchmark's questions (arena and single: needed)")
-    out: str = run.flag("", "the judgments' file (needed); the same command goes on where it was interrupted")
-    judge_prompt: str = run.flag("", "file with another text for judges that read text; its placeholders: " + "; ".join(
-        " ".join([mode, *re.findall(r"\{\w+\}", text)]) for mode, text in JUDGE_PROMPTS.items()))
-    both_orders: bool = run.flag(False, "pairwise: ask in both orders and take the mean [one order, by lot]")
-    base_url: str = run.flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
-                                 "[https://api.openai.com/v1]")
-    workers: int = run.flag(8, "api: requests under way at once")
-    timeout: float = run.flag(120.0, "api: seconds to wait for a reply")
-    retries: int = run.flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply")
-    max_new_tokens: int = run.flag(2048, "arena and single: tokens of a judge's reply")
-    batch: int = run.flag(64, "judgments between two writes, for judges that run here")
-    max_rows: int = run.flag(64, "a judging model's replies sampled at once")
-    seed: int = run.flag(0, "seed of the order in which a pair is shown; it depends on the pair, not on its place")
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    json: bool = run.flag(False, "print the report as one JSON object")
-
-
-def judge_command(argv):
-    """The sub-command `judge`: judgments on an answer file, in the format that the benchmark's scoring reads."""
-    s = run.parse(JudgeSettings, argv, "judge a benchmark's answers and write its own file of judgments")
-    kind, path = _check_judge(s)
-    template = JUDGE_PROMPTS[s.mode]
-    template = (read_template("--judge-prompt", s.judge_prompt, template, placeholders(template))
-                if kind in ("model", "api") else None)
-    questions, rows_of = {"pairwise": _pairwise, "arena": _arena, "single": _single}[s.mode](s, template)
-    if s.judge in prefmodel.WORLD_JUDGES:
-        _check_world(s.judge, [question for question, _ in questions], "--answers")
-    ask = {"api": _ask_endpoint, "model": _ask_model}.get(kind, _ask_pair_judge)
-    replies = Replies(s.out, s, questions)
-    known = len(questions) if replies.report else len(replies.known)
-    if not replies.report:
-        rows, unreadable = rows_of(replies.collect(len(questions), lambda n: ask(s, path, questions, n), "judging"))
-        replies.finish(rows, {"rows": len(rows), "judgments": len(questions), "unreadable": unreadable},
-                       as_list=s.mode == "pairwise")
-    report = {"out": s.out, "mode": s.mode, "judge": s.judge, **replies.report, "judged_now": len(questions) - known}
-    print(json.dumps(report) if s.json else
-          "{out}: {rows} rows by {judge} ({judgments} judgments, {judged_now} of them now), {unreadable} without a "
-          "readable verdict".format(**report))
-
-
-def _check_judge(s):
-    """(kind, path or name) of the judge. Raises UserError for flags that are missing or do not fit together."""
-    _need(s, "answers", "mode", "judge", "out")
-    kind, _, path = s.judge.partition(":")
-    _need(s, *{"pairwise": ["reference"], "arena": ["reference", "prompts"], "single": ["prompts"]}[s.mode])
-    _positive(s, "batch", "max_rows", "workers", "max_new_tokens")
-    if not (s.timeout > 0 and s.retries >= 0):
-        raise run.UserError(f"--timeout {s.timeout} must be above 0 and --retries {s.retries} not negative")
-    of_pairs = s.judge in prefmodel.WORLD_JUDGES or kind in ("pairrm", "reward") and path
-    if not of_pairs and not (kind in ("model", "api") and path):
-        raise run.UserError(f"--judge {s.judge} is not known; give model:PATH, api:MODEL_NAME, pairrm:PATH, "
-                            f"reward:PATH, {' or '.join(prefmodel.WORLD_JUDGES)}")
-    wrong = {
-        f"--mode {s.mode} needs a judge that writes; give --judge model:PATH or api:MODEL_NAME, or --mode pairwise":
-            of_pairs and s.mode != "pairwise",
-        "--prompts is for --mode arena and single; leave it out": s.prompts and s.mode == "pairwise",
-        f"--judge-prompt is for judges that read text; leave it out with --judge {kind}": of_pairs and s.judge_prompt,
-        "--both-orders is for --mode pairwise with a judge that reads text; leave it out, others need no telling":
-            s.both_orders and (of_pairs or s.mode != "pairwise"),
-        "--base-url is for --judge api:MODEL_NAME; leave it out": s.base_url and kind != "api"}
-    for why, is_so in wrong.items():
-        if is_so:
-            raise run.UserError(why)
-    return kind, path
-
-
-def _matched(answers, others, path, other_path, flag):
-    """Raises UserError unless every key of the answers is among the others' (which may have more)."""
-    lacking = [key for key in answers if key not in others]
-    if lacking:
-        raise run.UserError(f"{len(lacking)} of the {len(answers)} questions of --answers {path} are not in {flag} "
-                            f"{other_path}, the first is {str(lacking[0])[:40]!r}; give files of the same questions")
-
-
-def _two_names(ours, theirs, s):
-    """Raises UserError where two players who answer differently go by one name: a score could not tell them apart."""
-    names = {name for _, name in ours.values()} & {name for _, name in theirs.values()}
-    if names and any(turns != theirs[key][0] for key, (turns, _) in ours.items()):
-        raise run.UserError(f"--answers {s.answers} and --reference {s.reference} both call their model {names.pop()}, "
-                            "and it does not answer alike; tell them apart with generate --name")
-
-
-def _pairwise(s, template):
-    """(questions, rows_of) of AlpacaEval's judging. A reply is the probability that the answer called m is the better
-    one, None where it could not be read; for judges of pairs, without template, m is always the model's."""
-    ours, theirs = read_answers(s.answers, "--answers", s.mode), read_answers(s.reference, "--reference", s.mode)
-    _matched(ours, theirs, s.answers, s.reference, "--reference")
-    _two_names(ours, theirs, s)
-    datasets = [row.get("dataset", "custom") for _, row in read_rows("--answers", s.answers)]
-    questions, ours_is_m = [], []
-    for instruction, ((answer,), _) in ours.items():
-        (other,), _ = theirs[instruction]
-        lot = template is None or bool(run.stream(s.seed, "order", instruction, other, answer) & 1)
-        for first in (lot, not lot)[:1 + s.both_orders]:
-            m, M = (answer, other) if first else (other, answer)
-            ours_is_m.append(first)
-            questions.append((instruction, (m, M)) if template is None else
-                             fill(template, instruction=instruction, output_m=m, output_M=M))
-
-    def rows_of(shares):
-        wins = [None if p is None else p if first else 1 - p for p, first in zip(shares, ours_is_m)]
-        rows, n = [], 1 + s.both_orders
-        for b, (instruction, ((answer,), name)) in enumerate(ours.items()):
-            (other,), other_name = theirs[instruction]
-            mine = wins[b * n:(b + 1) * n]
-            rows.append({"dataset": datasets[b], "instruction": instruction, "output_1": other,
-                         "generator_1": other_name, "output_2": answer, "generator_2": name,
-                         "annotator": _judge_name(s), "preference": None if None in mine else 1 + sum(mine) / n})
+    def rows(self, replies):
+        """(AlpacaEval's annotations, number of unreadable replies). A preference of 2 means that the model wins; null
+        where one of its replies could not be read."""
+        wins = []
+        for p, ours_is_m in zip(replies, self.ours_is_m):
+            wins.append(p if p is None or ours_is_m else 1 - p)
+        rows, n = [], 2 if self.args.both_orders else 1
+        for b, (instruction, mine) in enumerate(self.ours.items()):
+            other, of_this_pair = self.theirs[instruction], wins[n * b:n * (b + 1)]
+            rows.append({"dataset": mine.row.get("dataset", "custom"), "instruction": instruction,
+                         "output_1": other.turns[0], "generator_1": other.name,
+                         "output_2": mine.turns[0], "generator_2": mine.name, "annotator": _judge_name(self.args),
+                         "preference": None if None in of_this_pair else 1 + sum(of_this_pair) / n})
         return rows, wins.count(None)
 
-    return questions, rows_of
 
+class Arena:
+    """Arena-Hard: two games a question, the model is B in the first, A in the second. A reply is the judge's text."""
 
-def _arena(s, template):
-    """(questions, rows_of) of Arena-Hard's judging: two games a question, the model is B in the first, A in the second.
-    A reply is the judge's text."""
-    ours, theirs = read_answers(s.answers, "--answers", s.mode), read_answers(s.reference, "--reference", s.mode)
-    asked = {q["id"]: q for q in read_questions(s.prompts, s.mode)}
-    _matched(ours, theirs, s.answers, s.reference, "--reference")
-    _two_names(ours, theirs, s)
-    _matched(ours, asked, s.answers, s.prompts, "--prompts")
-    questions = []
-    for uid, ((answer, *_), _) in ours.items():
-        for A, B in ((theirs[uid][0][0], answer), (answer, theirs[uid][0][0])):
-            questions.append(fill(template, question=asked[uid]["turns"][0], answer_A=A, answer_B=B))
+    def __init__(self, args, template):
+        self.args = args
+        self.ours, self.theirs = _two_players(args)
+        self.asked = _asked(args, "arena", self.ours)
+        self.questions = []
+        for uid, mine in self.ours.items():
+            answer, other = mine.turns[0], self.theirs[uid].turns[0]
+            for A, B in ((other, answer), (answer, other)):
+                self.questions.append(fill(template, question=self.asked[uid].turns[0], answer_A=A, answer_B=B))
 
-    def rows_of(texts):
+    def rows(self, replies):
+        """(Arena-Hard's judgments, number of unreadable replies); a score is null where its label is missing."""
         games = [{"score": parse_verdict(text), "judgment": {"answer": text},
-                  "prompt": [{"role": "user", "content": question}]} for text, question in zip(texts, questions)]
-        rows = [{"uid": uid, "category": asked[uid]["category"], "judge": _judge_name(s), "model": name,
-                 "baseline": theirs[uid][1], "games": games[2 * b:2 * b + 2]}
-                for b, (uid, (_, name)) in enumerate(ours.items())]
+                  "prompt": [{"role": "user", "content": question}]} for text, question in zip(replies, self.questions)]
+        rows = []
+        for b, (uid, mine) in enumerate(self.ours.items()):
+            rows.append({"uid": uid, "category": self.asked[uid].category, "judge": _judge_name(self.args),
+                         "model": mine.name, "baseline": self.theirs[uid].name, "games": games[2 * b:2 * b + 2]})
         return rows, sum(game["score"] is None for game in games)
 
-    return questions, rows_of
 
+class Single:
+    """MT-Bench: a question for each of an answer's two turns, the conversation so far before it. A reply is the judge's
+    text. Right answers are shown for the categories that have them."""
 
-def _single(s, template):
-    """(questions, rows_of) of MT-Bench's judging: one question for each turn of each answer, the conversation so far
-    before it. A reply is the judge's text. Right answers are shown for the categories that have them."""
-    ours = read_answers(s.answers, "--answers", s.mode)
-    asked = {q["id"]: q for q in read_questions(s.prompts, "mtbench")}
-    _matched(ours, asked, s.answers, s.prompts, "--prompts")
-    right = {key: q["reference"] for key, q in asked.items()}
-    if s.reference:
-        right |= {key: turns for key, (turns, _) in read_answers(s.reference, "--reference", s.mode).items()}
-    questions, plan = [], []
-    for key, (answers, name) in ours.items():
-        q = asked[key]
-        if len(answers) != 2:
-            raise run.UserError(f"--answers {s.answers}: question {key!r} has {len(answers)} turns of 2; generate it "
-                                "with --format mtbench")
-        shown = right[key] if q["category"] in MT_BENCH_WITH_REFERENCE else None
-        for turn in (1, 2):
-            talk = [f"[{who}]\n{text}" for pair in zip(q["turns"][:turn], answers) for who, text in
-                    zip(("user", "assistant"), pair)]
-            reference = [f"[a correct answer to the user's turn {i}]\n{r}" for i, r in zip((1, 2)[:turn], shown or [])]
-            questions.append(fill(template, conversation="\n\n".join(talk),
-                                   reference="\n\n".join(reference) or "No correct answer is given."))
-            plan.append((key, name, turn, ("single-math-v1" if shown else "single-v1") + "-multi-turn" * (turn == 2)))
+    def __init__(self, args, template):
+        self.args = args
+        ours = read_answers(args.answers, "--answers", args.mode)
+        asked = _asked(args, "mtbench", ours)
+        right = {key: question.reference for key, question in asked.items()}
+        if args.reference:
+            given = read_answers(args.reference, "--reference", args.mode)
+            right |= {key: answer.turns for key, answer in given.items()}
+        self.questions, self.plan = [], []
+        for key, mine in ours.items():
+            if len(mine.turns) != 2:
+                raise run.UserError(f"--answers {args.answers}: question {key!r} has {len(mine.turns)} turns of 2; "
+                                    "generate it with --format mtbench")
+            shown = right[key] if asked[key].category in MT_BENCH_WITH_REFERENCE else None
+            prompt_name = "single-math-v1" if shown else "single-v1"        # FastChat's names for the two cases
+            for turn in (1, 2):
+                conversation = _conversation(asked[key].turns[:turn], mine.turns[:turn])
+                self.questions.append(fill(template, conversation=conversation, reference=_reference(shown, turn)))
+                self.plan.append((key, mine.name, turn, prompt_name + ("-multi-turn" if turn == 2 else "")))
 
-    def rows_of(texts):
-        rows = [{"question_id": key, "model": name, "judge": [_judge_name(s), prompt], "user_prompt": question,
-                 "judgment": text, "score": parse_rating(text), "turn": turn, "tstamp": 0.0}
-                for (key, name, turn, prompt), question, text in zip(plan, questions, texts)]
+    def rows(self, replies):
+        """(MT-Bench's judgments, number of unreadable replies, whose score is -1)."""
+        rows = [{"question_id": key, "model": name, "judge": [_judge_name(self.args), prompt_name],
+                 "user_prompt": question, "judgment": text, "score": parse_rating(text), "turn": turn, "tstamp": 0.0}
+                for (key, name, turn, prompt_name), question, text in zip(self.plan, self.questions, replies)]
         return rows, sum(row["score"] == -1 for row in rows)
 
-    return questions, rows_of
+
+MODES = {"pairwise": Pairwise, "arena": Arena, "single": Single}
 
 
-def _judge_name(s):
+def _conversation(questions, answers):
+    talk = []
+    for question, answer in zip(questions, answers):
+        talk += [f"[user]\n{question}", f"[assistant]\n{answer}"]
+    return "\n\n".join(talk)
+
+
+def _reference(shown, turn):
+    """The right answers up to a turn as text; shown: those of both turns, or None."""
+    texts = [f"[a correct answer to the user's turn {i}]\n{text}" for i, text in enumerate((shown or [])[:turn], 1)]
+    return "\n\n".join(texts) or "No correct answer is given."
+
+
+def _two_players(args):
+    """(the answers to be judged, those they play against). Raises UserError unless there is one against each, and where
+    two players who answer differently go by one name: a score could not tell them apart."""
+    ours = read_answers(args.answers, "--answers", args.mode)
+    theirs = read_answers(args.reference, "--reference", args.mode)
+    _check_matched(args, ours, theirs, "--reference", args.reference)
+    names = {answer.name for answer in ours.values()} & {answer.name for answer in theirs.values()}
+    if names and any(answer.turns != theirs[key].turns for key, answer in ours.items()):
+        raise run.UserError(f"--answers {args.answers} and --reference {args.reference} both call their model "
+                            f"{names.pop()}, and it does not answer alike; tell them apart with generate --name")
+    return ours, theirs
+
+
+def _asked(args, format, ours):
+    """{key: Question} of --prompts, every answered one among them; else UserError."""
+    asked = {question.key: question for question in read_questions(args.prompts, format)}
+    _check_matched(args, ours, asked, "--prompts", args.prompts)
+    return asked
+
+
+def _check_matched(args, ours, others, flag, path):
+    lacking = [key for key in ours if key not in others]
+    if lacking:
+        raise run.UserError(f"{len(lacking)} of the {len(ours)} questions of --answers {args.answers} are not in "
+                            f"{flag} {path}, the first is {str(lacking[0])[:40]!r}; give files of the same questions")
+
+
+def _judge_name(args):
     """What the files call the judge: an endpoint's model as it is, a checkpoint by the last part of its path."""
-    kind, _, path = s.judge.partition(":")
-    return path if kind == "api" else os.path.basename(os.path.normpath(path)) if path else kind
+    kind, _, path = args.judge.partition(":")
+    if kind == "api":
+        return path
+    return os.path.basename(os.path.normpath(path)) if path else kind
 
 
-def _ask_pair_judge(s, path, questions, numbers):
-    """Yields [(number, P(first beats second))] from a judge of pairs."""
-    judge = prefmodel.load(s.judge, "pairwise", *run.device_and_dtype(s.device, s.dtype))
-    for batch in _batches(numbers, s.batch):
-        P = judge.preference([questions[n][0] for n in batch], [list(questions[n][1]) for n in batch])  # [B, 2, 2]
+# ---------------------------------------------------------------------------------------------------------------------
+# asking: each yields lists of (number, reply) for the questions with these numbers
+
+
+def _ask_judge_of_pairs(args, path, questions, numbers):
+    """By prefmodel's judges: a reply is P(first beats second)."""
+    judge = prefmodel.load(args.judge, "pairwise", *run.device_and_dtype(args.device, args.dtype))
+    for batch in batches(numbers, args.batch):
+        prompts, pairs = [questions[n][0] for n in batch], [list(questions[n][1]) for n in batch]
+        P = judge.preference(prompts, pairs)                                                    # [B, 2, 2]
         yield list(zip(batch, P[:, 0, 1].tolist()))
 
 
-def _ask_model(s, path, questions, numbers):
-    """Yields [(number, reply)] from a local model: its text, decoded greedily, or (pairwise) the share of m."""
-    net, chat = load(path, *run.device_and_dtype(s.device, s.dtype))
-    pairwise = s.mode == "pairwise"
-    ids = dict(zip(numbers, chat.encode_all([questions[n] for n in numbers], 0, 1 if pairwise else s.max_new_tokens)))
+def _ask_endpoint(args, name, questions, numbers):
+    """By a model behind an address: a reply is its text, or (pairwise) the share of m."""
+    endpoint = Endpoint(name, args.base_url or "https://api.openai.com/v1", args.timeout, args.retries)
+
+    def put(n):
+        if args.mode == "pairwise":
+            return endpoint.share(questions[n])
+        return endpoint.write(questions[n], args.max_new_tokens)
+
+    return endpoint.ask_all(put, numbers, args.workers)
+
+
+def _ask_model(args, path, questions, numbers):
+    """By a model that runs here: a reply is its text, decoded greedily, or (pairwise) the share of m."""
+    net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype))
+    pairwise = args.mode == "pairwise"
+    texts = [questions[n] for n in numbers]
+    ids = dict(zip(numbers, chat.encode_all(texts, 0, 1 if pairwise else args.max_new_tokens)))
     labels = [_label_ids(chat.tokenizer, label, path) for label in "mM"] if pairwise else None
-    for batch in _batches(numbers, s.batch):
+    for batch in batches(numbers, args.batch):
         prompts = [ids[n] for n in batch]
         if pairwise:
             yield list(zip(batch, label_shares(net, prompts, *labels)))
         else:
-            samples = rollout.generate(net, prompts, 1, s.max_new_tokens, temperature=0, stop_ids=chat.stop_ids,
-                                       max_rows=s.max_rows)
+            samples = rollout.generate(net, prompts, 1, args.max_new_tokens, temperature=0, stop_ids=chat.stop_ids,
+                                       max_rows=args.max_rows)
             yield [(n, chat.decode(tokens[0])) for n, tokens in zip(batch, samples.tokens)]
 
 
 def _label_ids(tokenizer, label, path):
     """The tokens that spell a label, with a space before it or without: which of them an answer begins with depends on
     the tokenizer. Raises UserError if there is none."""
-    ids = {tokens[0] for text in (label, " " + label) for tokens in [tokenizer.encode(text, add_special_tokens=False)]
-           if len(tokens) == 1 and tokenizer.decode(tokens).strip() == label}
+    ids = set()
+    for text in (label, " " + label):
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) == 1 and tokenizer.decode(tokens).strip() == label:
+            ids.add(tokens[0])
     if not ids:
         raise run.UserError(f"--judge model:{path} has no token for {label!r}; give another judge, or --mode arena")
     return sorted(ids)

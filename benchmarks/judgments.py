@@ -1,36 +1,65 @@
-"""TODO"""
+"""Judgment files of MT-Bench and Arena-Hard: several of them behind one flag, by one judge, none counted twice."""
 
-
+import dataclasses
 
 import run
+from chat import read_rows
 
 
-def read_judgments(settings_class, argv, what, fields, by, key, complete=lambda row: None):
-    """(settings, {values of the columns `by`: rows as `read_rows` gives them}) of all the files behind --judgments.
-    complete(row) may fill in columns that older files lack.
-    Raises UserError for two judges, or two rows with the same values of `by` and `key`: one of them would count twice.
+@dataclasses.dataclass
+class JudgmentSettings:
+    """Flags that `python eval.py mtbench` and `arena` share."""
+    judgments: str = run.flag("", "the benchmark's model_judgment .jsonl by one judge; several as A B C after one "
+                                  "--judgments (needed)", needed=True)
+    json: bool = run.flag(False, "print one JSON object a line, each what a line of text stands for")
+
+
+def parse_with_files(settings_class, argv, description):
+    """(settings, [path]): `run.parse`, but --judgments may be followed by several files.
+
+    A flag of run.parse has one value, so the further ones are taken out of argv before it looks.
     """
     if argv.count("--judgments") > 1:
         raise run.UserError("--judgments is given twice; name all the files after one: --judgments A B C")
-    words, paths = [], []
-    for word in argv:       # a flag of run.parse has one value: `--judgments A B C` hands over A, the rest is kept here
-        more = words[-2:-1] == ["--judgments"] and not word.startswith("--")
-        (paths if more else words).append(word)
-    s = run.parse(settings_class, words, what)
-    groups, judges, seen = {}, set(), set()
-    for path in filter(None, [s.judgments, *paths]):
+    words, further = [], []
+    for word in argv:
+        behind_a_file = words[-2:-1] == ["--judgments"]
+        if behind_a_file and not word.startswith("--"):
+            further.append(word)
+        else:
+            words.append(word)
+    args = run.parse(settings_class, words, description)
+    return args, [args.judgments, *further]
+
+
+def read_judgments(paths, fields):
+    """[("FILE, line N", row)] of all the files; fields: {name: type or types} that every row must have, `judge` among
+    them, a name or a list that begins with one. Raises UserError for rows without these, and for a second judge."""
+    found, judges = [], set()
+    for path in paths:
         for where, row in read_rows("--judgments", path, fields):
-            judges.add(str(row["judge"][0] if isinstance(row["judge"], list) and row["judge"] else row["judge"]))
+            judge = row["judge"]
+            judges.add(str(judge[0] if isinstance(judge, list) and judge else judge))
             if len(judges) > 1:
                 raise run.UserError(f"--judgments {path}, {where}: a second judge, {' beside '.join(sorted(judges))}; "
                                     "give the judgments of one judge at a time")
-            complete(row)
-            name, this = tuple(row[k] for k in by), tuple(row[k] for k in (*by, *key))
-            if this in seen:
-                raise run.UserError(f"--judgments {path}, {where}: a second judgment of {', '.join(map(str, this))}; "
-                                    f"keep one for each {', '.join((*by, *key))}")
-            seen.add(this)
-            groups.setdefault(name, []).append((f"{path}, {where}", row))
-    if not groups:
-        raise run.UserError("--judgments is needed; give one or several of the benchmark's model_judgment .jsonl files")
-    return s, groups
+            found.append((f"{path}, {where}", row))
+    return found
+
+
+def group(rows, by, key):
+    """{values of the columns `by`: its [(where, row)]}. Raises UserError for two rows that agree in `by` and in `key`,
+    the columns that tell a group's rows apart: one of the two would count twice.
+
+    >>> group([("a, line 1", {"model": "m", "turn": 1}), ("a, line 2", {"model": "m", "turn": 2})], ["model"], ["turn"])
+    {('m',): [('a, line 1', {'model': 'm', 'turn': 1}), ('a, line 2', {'model': 'm', 'turn': 2})]}
+    """
+    groups, seen, columns = {}, set(), [*by, *key]
+    for where, row in rows:
+        this = tuple(row[name] for name in columns)
+        if this in seen:
+            raise run.UserError(f"--judgments {where}: a second judgment of {', '.join(map(str, this))}; "
+                                f"keep one for each {', '.join(columns)}")
+        seen.add(this)
+        groups.setdefault(this[:len(by)], []).append((where, row))
+    return groups

@@ -1,60 +1,79 @@
-"""TODO"""
+"""`python eval.py mtbench`: MT-Bench's mean scores out of FastChat's single-answer judgments.
 
-import dataclasses
+80 questions of two turns each, in eight categories; a judge gives each turn a score from 1 to 10. The benchmark's
+figure is the mean over all judgments; a judgment whose score could not be read (-1) is counted and left out.
+"""
+
 import json
 import math
 
 import run
-from benchmarks import judgments
+from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments
 
 
-@dataclasses.dataclass
-class MTBenchSettings:
-    """Flags of `python eval.py mtbench`."""
-    judgments: str = run.flag("", "the benchmark's model_judgment .jsonl by one judge; several as A B C after one "
-                                  "--judgments (needed)")
-    json: bool = run.flag(False, "print one JSON object a line, each what a line of text stands for")
-
-
+FIELDS = {"model": str, "judge": (str, list), "question_id": int, "turn": int, "score": (int, float, type(None))}
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
+def category_of(question):
+    """The category of a question, which follows from its id: ten each, from 81 on.
+
+    >>> category_of(81), category_of(160)
+    ('writing', 'humanities')
+    """
+    return CATEGORIES[(question - 81) // 10]
+
+
 def mtbench_scores(judgments):
-    """Mean scores of (question_id, turn, score) judgments: {name: mean}, None where there is none. `average` is over
-    all of them, both turns together, as FastChat has it; a category's too."""
-    def mean(keep):
-        scores = [score for question, turn, score in judgments if keep(question, turn)]
+    """Mean scores of (question_id, turn, score) judgments: {first_turn, second_turn, average, categories}, None where
+    there is none. `average` is over all of them, both turns together, as FastChat has it; a category's too.
+
+    >>> scores = mtbench_scores([(81, 1, 8), (81, 2, 5), (91, 1, 8)])
+    >>> scores["first_turn"], scores["second_turn"], scores["average"], scores["categories"]["writing"]
+    (8.0, 5.0, 7.0, 6.5)
+    """
+    def mean(scores):
         return sum(scores) / len(scores) if scores else None
 
-    return {"first_turn": mean(lambda q, turn: turn == 1), "second_turn": mean(lambda q, turn: turn == 2),
-            "average": mean(lambda q, turn: True),
-            "categories": {name: mean(lambda q, turn: (q - 81) // 10 == i) for i, name in enumerate(CATEGORIES)}}
+    return {"first_turn": mean([score for _, turn, score in judgments if turn == 1]),
+            "second_turn": mean([score for _, turn, score in judgments if turn == 2]),
+            "average": mean([score for _, _, score in judgments]),
+            "categories": {name: mean([score for question, _, score in judgments if category_of(question) == name])
+                           for name in CATEGORIES}}
 
 
-def mtbench(argv):
-    """The sub-command `mtbench`: mean scores of each model in FastChat's single-answer judgments, the best first."""
-    fields = {"model": str, "judge": (str, list), "question_id": int, "turn": int, "score": (int, float, type(None))}
-    s, groups = read_judgments(MTBenchSettings, argv, "MT-Bench: mean score of each turn and category", fields,
-                               ("model",), ("question_id", "turn"))
-    results = []
-    for (name,), rows in groups.items():
-        judgments = []
-        for where, row in rows:
-            question, turn, score = row["question_id"], row["turn"], row["score"]
-            if not 81 <= question <= 160 or turn not in (1, 2):
-                raise run.UserError(f"--judgments {where}: question {question}, turn {turn} is not MT-Bench's; "
-                                    "give judgments of its questions 81 to 160, turns 1 and 2")
-            if score is None or math.isnan(score) or score == -1:       # -1: no [[score]] was found in the verdict
-                continue
-            if not 0 <= score <= 10:
-                raise run.UserError(f"--judgments {where}: score {score} is not in 0..10, nor -1 for a failed one; "
-                                    "mend or remove the line")
-            judgments.append((question, turn, score))
-        if not judgments:
-            raise run.UserError(f"--judgments: no judgment of {name} has a score; judge it again")
-        results.append({"model": name, **mtbench_scores(judgments), "n_judgments": len(judgments),
-                        "n_dropped": len(rows) - len(judgments)})
-    for r in sorted(results, key=lambda r: -r["average"]):
-        means = [f"{k.replace('_', ' ')} {v:.2f}" for k, v in {**r, **r["categories"]}.items() if isinstance(v, float)]
-        print(json.dumps(r) if s.json else f"{r['model']}: {', '.join(means)}; {r['n_judgments']} judgments, "
-                                           f"{r['n_dropped']} without a score dropped")
+def main(argv):
+    """Print the mean scores of each model in the judgments, the best first."""
+    args, paths = parse_with_files(JudgmentSettings, argv, "MT-Bench: mean score of each turn and category")
+    models = group(read_judgments(paths, FIELDS), by=["model"], key=["question_id", "turn"])
+    results = [_result(name, rows) for (name,), rows in models.items()]
+    for result in sorted(results, key=lambda r: -r["average"]):
+        print(json.dumps(result) if args.json else _as_text(result))
+
+
+def _result(name, rows):
+    """The figures of one model. Raises UserError for a row that is not MT-Bench's, and where no row has a score."""
+    judgments = []
+    for where, row in rows:
+        question, turn, score = row["question_id"], row["turn"], row["score"]
+        if not 81 <= question <= 160 or turn not in (1, 2):
+            raise run.UserError(f"--judgments {where}: question {question}, turn {turn} is not MT-Bench's; "
+                                "give judgments of its questions 81 to 160, turns 1 and 2")
+        if score is None or math.isnan(score) or score == -1:       # -1: no [[score]] was found in the verdict
+            continue
+        if not 0 <= score <= 10:
+            raise run.UserError(f"--judgments {where}: score {score} is not in 0..10, nor -1 for a failed one; "
+                                "mend or remove the line")
+        judgments.append((question, turn, score))
+    if not judgments:
+        raise run.UserError(f"--judgments: no judgment of {name} has a score; judge it again")
+    return {"model": name, **mtbench_scores(judgments), "n_judgments": len(judgments),
+            "n_dropped": len(rows) - len(judgments)}
+
+
+def _as_text(result):
+    means = {"first turn": result["first_turn"], "second turn": result["second_turn"], "average": result["average"],
+             **result["categories"]}
+    listed = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None)
+    return (f"{result['model']}: {listed}; {result['n_judgments']} judgments, {result['n_dropped']} without a score "
+            "dropped")

@@ -1,4 +1,12 @@
-"""TODO"""
+"""`python eval.py verify`: answers that are right or wrong by themselves, with no judge: GSM8K, MATH, HumanEval.
+
+    gsm8k      the number that the answer ends at            gsm8k_answer
+    math       what stands in its last \\boxed{}             boxed; math_value, for one value is written in many ways
+    humaneval  a program that passes the problem's tests     humaneval_program; passes, which runs it
+
+The figure is the share of answers that are right, for HumanEval pass@k; several answers to one question count as one
+problem. A rule that is too strict or too lax moves every figure, so each is written out here with an example.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -13,14 +21,26 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import typing
 import warnings
 
 import torch
 
 import run
+from chat import read_rows
+from winrate import mean_and_error
 
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+# ---------------------------------------------------------------------------------------------------------------------
+# GSM8K and MATH: finding the answer
+
+
+NUMBER = re.compile(r"""
+    (?: (?<! [\w)] ) - )?                           # a sign, but not in 10-7 or (2)-5
+    (?: (?: \d{1,3} (?: ,\d{3} )+ (?!\d) | \d+ )    # 1,234,567 or 1234567 ...
+        (?: \.\d+ )?                               # ... and 18.50
+      | \.\d+ )                                    # or .5
+    """, re.VERBOSE)
 
 
 def gsm8k_answer(text):
@@ -35,10 +55,13 @@ def gsm8k_answer(text):
     >>> gsm8k_answer("the answer is -$5") == -5, gsm8k_answer("no idea")
     (True, None)
     """
-    text = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ",", text.replace("$", "").replace("−", "-").lower())
-    tails = [text.rpartition(mark)[2] for mark in ("####", "answer is") if mark in text]
-    numbers = next(filter(None, map(NUMBER.findall, tails)), None) or NUMBER.findall(text)[-1:]
-    return decimal.Decimal(numbers[0].replace(",", "")) if numbers else None
+    text = text.replace("$", "").replace("−", "-").lower()
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ",", text)            # LaTeX's 70{,}000 and 70\,000
+    found = NUMBER.findall(text)[-1:]
+    for mark in ("answer is", "####"):                      # the later wins
+        behind = NUMBER.findall(text.rpartition(mark)[2]) if mark in text else []
+        found = behind or found
+    return decimal.Decimal(found[0].replace(",", "")) if found else None
 
 
 def boxed(text):
@@ -48,10 +71,11 @@ def boxed(text):
     >>> [boxed(t) for t in (r"\boxed{1}, no: $\boxed{a^{2}}$.", r"\boxed 7$", "7", r"\boxed{\frac{1")]
     ['a^{2}', '7', None, None]
     """
-    found = list(re.finditer(r"\\(?:boxed|fbox)(?![a-z])\s*", text))
-    rest = text[found[-1].end():] if found else ""
-    if not rest.startswith("{"):
-        return next(iter(rest.split("$")[0].split()), "").rstrip(".") or None
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-z])\s*", text))
+    rest = text[boxes[-1].end():] if boxes else ""
+    if not rest.startswith("{"):                            # `\boxed 5`: its first word
+        words = rest.split("$")[0].split()
+        return words[0].rstrip(".") or None if words else None
     depth = 0
     for mark in re.finditer(r"\\.|[{}]", rest):             # an escaped brace is a sign of the formula
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
@@ -60,75 +84,171 @@ def boxed(text):
     return None
 
 
-MATH_RULES = [(re.compile(pattern), by) for pattern, by in (
-    (r"\\[!:;, ]|~|\\q?quad(?![a-z])", " "),                                        # 1  space
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),                               # 2  sizes of brackets
-    (r"\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","),         # 3  lists
-    (r"(?<=[\w})])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", ""),            # 4  units
-    (r"^(-?[\d.,/]+)\s+[A-Za-z]{2,}[A-Za-z /]*$", r"\1"),
-    (r"\\(?:text|textbf|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),                # 5  letters and words
-    (r"\s+", ""),
-    (r"\^\{?\\circ\}?|\\degree|°|\\?%", ""),                                        # 6  degrees, percent
-    (r"\\[dtc]frac", r"\\frac"),                                                    # 7  \frac12, \frac1{72}
-    (r"\\frac(?!\{)(\w)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})(?!\{)(\w)", r"\1{\2}"),
-    (r"\\frac\{-([^{}]*)\}", r"-\\frac{\1}"),
-    (r"(?<!\\)sqrt\(([^()]*)\)|√\(?(\w+)\)?", r"\\sqrt{\1\2}"),                     # 8  \sqrt3, sqrt(3)
-    (r"\\sqrt(?![\[{])(\w)", r"\\sqrt{\1}"),
+# ---------------------------------------------------------------------------------------------------------------------
+# MATH: two ways to write one value
+
+
+class Rule(typing.NamedTuple):
+    """One rewriting of a formula: `pattern` becomes `by`, everywhere; for instance `before` becomes `after`."""
+    pattern: re.Pattern
+    by: str
+    before: str
+    after: str
+
+
+# In this order: first what says nothing about the value goes (spaces, sizes, units, degrees), then one way to write
+# fractions and roots is left.
+MATH_RULES = [Rule(re.compile(pattern), *rest) for pattern, *rest in (
+    # LaTeX's spaces become plain ones
+    (r"\\[!:;, ]|~|\\q?quad(?![a-z])", " ", r"1,\!234 \quad x", "1, 234   x"),
+    # the sizes of brackets go
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", "", r"\left(1, 2\right)", "(1, 2)"),
+    # `and` and `or` between answers become commas
+    (r"\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", r"1 \text{ and } 2", "1 , 2"),
+    # a unit at the end goes: words as \text, a power with them, after a letter, a digit, or a bracket ...
+    (r"(?<=[\w})])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", r"5\text{ cm}^2", "5"),
+    # ... or plain words of two letters and more, after a number (5a is no unit)
+    (r"^(-?[\d.,/]+)\s+[A-Za-z]{2,}[A-Za-z /]*$", r"\1", "5 square inches", "5"),
+    # any other \text{...} is its content
+    (r"\\(?:text|textbf|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", r"\text{even}", "even"),
+    # the spaces go
+    (r"\s+", "", "x^2 + 1", "x^2+1"),
+    # degrees and percent signs go, so that 50\% is 50 and not 1/2
+    (r"\^\{?\\circ\}?|\\degree|°|\\?%", "", r"90^\circ", "90"),
+    # there is one \frac ...
+    (r"\\[dtc]frac", r"\\frac", r"\dfrac12", r"\frac12"),
+    # ... its numerator has braces ...
+    (r"\\frac(?!\{)(\w)", r"\\frac{\1}", r"\frac1{72}", r"\frac{1}{72}"),
+    # ... and so has its denominator ...
+    (r"(\\frac\{[^{}]*\})(?!\{)(\w)", r"\1{\2}", r"\frac{1}2", r"\frac{1}{2}"),
+    # ... and a minus in the numerator stands before it
+    (r"\\frac\{-([^{}]*)\}", r"-\\frac{\1}", r"\frac{-1}{2}", r"-\frac{1}{2}"),
+    # roots are written as in LaTeX ...
+    (r"(?<!\\)sqrt\(([^()]*)\)|√\(?(\w+)\)?", r"\\sqrt{\1\2}", "sqrt(3)", r"\sqrt{3}"),
+    # ... and have braces too
+    (r"\\sqrt(?![\[{])(\w)", r"\\sqrt{\1}", r"2\sqrt3", r"2\sqrt{3}"),
 )]
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")                # 1,234,567.8
+NAME_BEFORE = re.compile(r"^[A-Za-z](?:=|\\in(?![a-z]))")               # x= and x\in
+BRACKETS = re.compile(r"(\(|\[|\\\{)(.*)(\)|\]|\\\})")                  # (...), [...], \{...\}, and mixed: [0, 1)
+SLASH = re.compile(r"^(-?)([^-+/(),\[\]]+)/([^-+/(),\[\]]+)$")          # a/b, without sums, brackets or commas in it
+FRACTION = re.compile(r"(-?)\\frac\{(\d{1,40})\}\{(\d{1,40})\}")        # \frac{1}{2}
+DECIMAL = re.compile(r"-?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})")           # 3, 3., 3.5, .5
 
 
 def math_value(text):
     r"""What two answers to a MATH problem are compared by: a Fraction, a tuple of such things, or normal LaTeX.
 
-    Dollars go, then MATH_RULES in order: spaces and the sizes of brackets go (1, 2); `and`, `or` become commas (3); a
-    unit at the end goes, \text{cm}^2 or plain words after a number (4); other \text{...} is its content (5); degrees
-    and percent signs go, so that 50\% is 50, not 1/2 (6); fractions and roots get braces, \dfrac is \frac (7, 8).
-    Then `x =` and `x \in` at the front go, a list is cut at its outermost commas, and each part becomes, where it can,
-    a number: 1,234 and .5 and 007 and a/b and \frac{a}{b}, compared by value (2/4 = 0.5). Tuples and intervals keep
-    their order and brackets; sets and lists without brackets have no order. No algebra: x+1 is not 1+x.
+    Dollars go, then MATH_RULES in order, then `x =` and `x \in` at the front. A list is cut at its outermost commas,
+    and each part becomes, where it can, a number, compared by value: 1,234 and .5 and 007 and 2/4 and \frac{2}{4}.
+    Tuples and intervals keep their order and brackets; sets and lists without brackets have no order. No algebra: x+1
+    is not 1+x.
 
     >>> math_value(r"\dfrac{3}{6}") == math_value("$.50$") == math_value("1/2"), math_value(r"x = 1,\!234\text{ cm}^2")
     (True, Fraction(1234, 1))
     >>> math_value(r"\left( -\infty, \tfrac12 \right]"), math_value("2, 1") == math_value(r"1 \text{ and } 2")
     (('(', '-\\infty', Fraction(1, 2), ']'), True)
     """
-    s = text.replace("\\$", "").replace("$", "").strip().rstrip(". ")
-    for pattern, by in MATH_RULES:
-        s = pattern.sub(by, s)
-    s = re.sub(r"^[A-Za-z](?:=|\\in(?![a-z]))", "", s)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", s):
-        return _number(s.replace(",", ""))
-    whole = re.fullmatch(r"(\(|\[|\\\{)(.*)(\)|\]|\\\})", s)
-    inner = _split(whole[2]) if whole else None
-    if inner is None:                                       # no brackets, or they are not each other's: (0,1)\cup(2,3)
-        inner, whole = _split(s) or [s], None
-    values = [_number(re.sub(r"^[A-Za-z]=", "", part)) for part in inner]
-    if len(values) == 1 and (not whole or whole[1] == "("):
+    formula = text.replace("\\$", "").replace("$", "").strip().rstrip(". ")
+    for rule in MATH_RULES:
+        formula = rule.pattern.sub(rule.by, formula)
+    formula = NAME_BEFORE.sub("", formula)
+    if THOUSANDS.fullmatch(formula):                        # these commas part no list
+        return _number(formula.replace(",", ""))
+    opened, parts, closed = _listed(formula)
+    values = [_number(re.sub(r"^[A-Za-z]=", "", part)) for part in parts]
+    if len(values) == 1 and opened in ("", "("):
         return values[0]                                    # (A) is A
-    if not whole or whole[1] == "\\{":
-        values.sort(key=str)
-    return (whole[1] if whole else "", *values, whole[3] if whole else "")
+    if opened in ("", "\\{"):
+        values.sort(key=str)                                # no order
+    return (opened, *values, closed)
 
 
-def _split(s):
+def _listed(formula):
+    r"""(opening bracket, [parts], closing bracket) of a list; brackets are "" where they do not go around all of it.
+
+    >>> _listed("(1,2]"), _listed("1,2"), _listed(r"(0,1)\cup(2,3)")
+    (('(', ['1', '2'], ']'), ('', ['1', '2'], ''), ('', ['(0,1)\\cup(2,3)'], ''))
+    """
+    around = BRACKETS.fullmatch(formula)
+    if around:
+        parts = _split(around[2])
+        if parts is not None:                               # else they are not each other's, as in (0,1)\cup(2,3)
+            return around[1], parts, around[3]
+    return "", _split(formula) or [formula], ""
+
+
+def _split(formula):
     """The parts between commas outside brackets; None where a bracket is closed that was not opened."""
     parts, depth = [""], 0
-    for c in s:
+    for c in formula:
         depth += (c in "([{") - (c in ")]}")
         if depth < 0:
             return None
-        parts = [*parts, ""] if c == "," and depth == 0 else [*parts[:-1], parts[-1] + c]
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
     return parts
 
 
-def _number(s):
-    """A Fraction where s is an integer, a decimal, a/b or \\frac{a}{b} (of up to 40 digits each), else s itself."""
-    s = re.sub(r"^(-?)([^-+/(),\[\]]+)/([^-+/(),\[\]]+)$", r"\1\\frac{\2}{\3}", s.removeprefix("+"))
-    found = re.fullmatch(r"(-?)\\frac\{(\d{1,40})\}\{(\d{1,40})\}", s)
+def _number(part):
+    r"""A Fraction where `part` is an integer, a decimal, a/b or \frac{a}{b} (of up to 40 digits each), else its LaTeX.
+
+    >>> _number("+0.50"), _number("3/6"), _number(r"\pi/2"), _number(r"\frac{1}{0}")
+    (Fraction(1, 2), Fraction(1, 2), '\\frac{\\pi}{2}', '\\frac{1}{0}')
+    """
+    part = SLASH.sub(r"\1\\frac{\2}{\3}", part.removeprefix("+"))
+    found = FRACTION.fullmatch(part)
     if found and int(found[3]):
         return fractions.Fraction(int(found[1] + found[2]), int(found[3]))
-    return fractions.Fraction(s) if re.fullmatch(r"-?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})", s) else s
+    return fractions.Fraction(part) if DECIMAL.fullmatch(part) else part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HumanEval: a program out of an answer, and whether it passes
+
+
+def humaneval_program(problem, text):
+    """The source that tests an answer to a HumanEval problem {prompt, test, entry_point}; None if nothing in it parses.
+
+    The code is the first ```python block that defines the function, else the first block, else the text. Where it
+    defines the function itself it follows what precedes it in the prompt (imports, helpers); otherwise it continues the
+    prompt, up to the first line that begins something new at the margin, its indentation restored if it was stripped.
+    """
+    for source in _possible_sources(problem, text):
+        if _compiles(source):
+            return f"{source}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    return None
+
+
+def _possible_sources(problem, text):
+    """Ways to read an answer as the function that the problem asks for, the likeliest first."""
+    prompt = problem["prompt"].rstrip("\n") + "\n"
+    definition = re.compile(rf"^def {re.escape(problem['entry_point'])}\b", re.M)
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.S | re.I)
+    code = next(filter(definition.search, blocks), blocks[0] if blocks else text).strip("\n")
+    if not code.strip():
+        return []
+    if definition.search(code):                                 # the whole function
+        asked = definition.search(prompt)
+        return [prompt[:asked.start()] + code if asked else code]
+    if not blocks:                                              # its body: a model that is not stopped runs on
+        code = re.split(r"\n(?=def |class |if |print\(|#|@|```)", code)[0]
+    if not code.strip():
+        return []
+    first_line_stripped = prompt + "    " + code.lstrip()
+    all_stripped = prompt + textwrap.indent(textwrap.dedent(code), "    ")
+    return ([prompt + code] if code[0].isspace() else []) + [first_line_stripped, all_stripped]
+
+
+def _compiles(source):
+    try:
+        with warnings.catch_warnings(action="ignore"):                      # of "\d" in the answer, say
+            compile(source, "answer", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):          # ValueError: a NUL or a lone surrogate
+        return False
+    return True
 
 
 def pass_at_k(n, c, k):
@@ -139,33 +259,6 @@ def pass_at_k(n, c, k):
     (0.5, 0.5, 1.0, 0.0)
     """
     return 1.0 - math.prod(1 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
-
-
-def humaneval_program(problem, text):
-    """The source that tests an answer to a HumanEval problem {prompt, test, entry_point}; None if nothing in it parses.
-
-    The code is the first ```python block that defines the function, else the first block, else the text. Where it
-    defines the function itself it follows what precedes it in the prompt (imports, helpers); otherwise it continues the
-    prompt, up to the first line that begins something new at the margin, its indentation restored if it was stripped.
-    """
-    prompt, name = problem["prompt"].rstrip("\n") + "\n", problem["entry_point"]
-    defined = re.compile(rf"^def {re.escape(name)}\b", re.M)
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.S | re.I)
-    code = next(filter(defined.search, blocks), blocks[0] if blocks else text).strip("\n")
-    if defined.search(code):
-        sources = [prompt[:defined.search(prompt).start()] + code] if defined.search(prompt) else [code]
-    else:
-        code = code if blocks else re.split(r"\n(?=def |class |if |print\(|#|@|```)", code)[0]
-        sources = [prompt + code] * code[:1].isspace() + [prompt + "    " + code.lstrip(),
-                                                          prompt + textwrap.indent(textwrap.dedent(code), "    ")]
-    for source in sources if code.strip() else ():
-        try:
-            with warnings.catch_warnings(action="ignore"):                  # of "\d" in the answer, say
-                compile(source, "answer", "exec")
-        except (SyntaxError, ValueError, RecursionError, MemoryError):      # ValueError: a NUL or a lone surrogate
-            continue
-        return f"{source}\n\n{problem['test']}\n\ncheck({name})\n"
-    return None
 
 
 PASSED = 97     # the exit status that means "all tests passed": sys.exit(0) in an answer must not
@@ -214,47 +307,8 @@ def passes(source, seconds=10.0):
             process.wait()
 
 
-def read_problems(answers, references=""):
-    """[(reference row, [answer texts], where)], one a problem, from --answers and, if given, --references.
-
-    An answer stands in `output`, `completion` or `answer_text`, as a text or a list of texts, or in generate_0,
-    generate_1, ... (texts or conversations). Rows of one question are one problem with several answers. References are
-    found by the question's text (`question`, `prompt` or `instruction`), else by `task_id` or `id`.
-    """
-    def keys(row):
-        return [row[k] for k in ("question", "problem", "prompt", "instruction", "task_id", "id")
-                if isinstance(row.get(k), (str, int))]
-
-    known = {key: row for _, row in read_rows("--references", references) for key in keys(row)} if references else None
-    problems = {}
-    for where, row in read_rows("--answers", answers):
-        found = next((row[k] for k in ("output", "completion", "answer_text") if k in row),
-                     [row[f"generate_{i}"] for i in range(len(row)) if f"generate_{i}" in row])
-        try:
-            found = [found] if isinstance(found, str) else found
-            texts = [t if isinstance(t, str) else t[-1]["content"] for t in found]
-            if not texts or not all(isinstance(t, str) for t in texts):
-                raise TypeError
-        except (TypeError, KeyError, IndexError):
-            raise run.UserError(f"--answers {answers}, {where}: no answer found; every row needs `output`, "
-                                "`completion` or `answer_text`, a text or a list of them, or generate_0 ...") from None
-        reference = row if known is None else next((known[key] for key in keys(row) if key in known), None)
-        if reference is None:
-            raise run.UserError(f"--answers {answers}, {where}: --references {references} holds neither its question "
-                                "nor its task_id or id; give both files the same")
-        key = (keys(reference) or [where])[0]
-        problems.setdefault(key, (reference, [], where))[1].extend(texts)
-    return list(problems.values())
-
-
-def check_answer(task, reference, text):
-    """Is `text` right? True, False, or None where it holds no answer. reference: the data set's own answer, whole."""
-    if task == "gsm8k":
-        found, right = gsm8k_answer(text), gsm8k_answer(reference)
-    else:
-        found, right = boxed(text), math_value(reference if boxed(reference) is None else boxed(reference))
-        found = math_value(found) if found else None
-    return None if found is None else found == right
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
 
 
 @dataclasses.dataclass
@@ -263,56 +317,156 @@ class VerifySettings:
     task: str = run.flag("gsm8k", "which rules: gsm8k, math or humaneval", ("gsm8k", "math", "humaneval"))
     answers: str = run.flag("", "answers, .jsonl: output (or completion, answer_text, generate_0 ...) and either the "
                                 "reference (`answer`, `reference` or `solution`; humaneval: prompt, test, entry_point) "
-                                "or what finds it in --references (needed)")
+                                "or what finds it in --references (needed)", needed=True)
     references: str = run.flag("", "the data set's own file, .jsonl, where --answers lacks the references")
     allow_code_execution: bool = run.flag(False, "humaneval: run the generated code on this machine, in processes with "
                                                  "limits but no sandbox (use a container)")
     json: bool = run.flag(False, "print the figures as one JSON object")
 
 
-def verify(argv):
-    """The sub-command `verify`: the share of exact answers, or pass@k of generated programs."""
-    s = run.parse(VerifySettings, argv, "check answers against exact references; the rules are in eval.py's docstrings")
-    if not s.answers:
-        raise run.UserError("--answers is needed; give a .jsonl file of answers")
-    code = s.task == "humaneval"
-    if code != s.allow_code_execution:
+@dataclasses.dataclass
+class Problem:
+    """A problem, the answers to it, and the file's row (its first) that they come from."""
+    reference: dict         # the row that holds the right answer, or the tests
+    texts: list             # one answer or several
+    where: str              # "line 7"
+
+
+def main(argv):
+    """Print the share of right answers, or pass@k of generated programs."""
+    args = run.parse(VerifySettings, argv,
+                     "check answers against exact references; the rules are in benchmarks/verify.py's docstrings")
+    if args.task == "humaneval" and not args.allow_code_execution:
         raise run.UserError("--task humaneval runs generated code on this machine, outside any sandbox; give "
-                            "--allow-code-execution, best in a container without network" if code else
-                            f"--allow-code-execution is for --task humaneval, and {s.task} runs no code; leave it out")
-    problems = read_problems(s.answers, s.references)
-    columns = ("prompt", "test", "entry_point") if code else ("answer", "reference", "solution")
-    for reference, _, where in problems:
-        held = [isinstance(reference.get(name), str) for name in columns]
-        if not (all if code else any)(held):
-            raise run.UserError(f"--answers {s.answers}, {where}: no reference for it"
-                                f"{f' in --references {s.references}' if s.references else ''}; every row needs "
-                                f"{(' and ' if code else ' or ').join(columns)} as text, here or in --references FILE")
-        if s.task == "gsm8k" and gsm8k_answer(next(reference[c] for c, has in zip(columns, held) if has)) is None:
-            raise run.UserError(f"--answers {s.answers}, {where}: its reference holds no number; is it --task math?")
-    if code:
-        sources = [humaneval_program(problem, text) for problem, texts, _ in problems for text in texts]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:      # each only waits for its process
-            results = iter(list(run.progress(pool.map(lambda x: x and passes(x), sources), "running", len(sources))))
-        marks = [[next(results) for _ in texts] for _, texts, _ in problems]
+                            "--allow-code-execution, best in a container without network")
+    if args.task != "humaneval" and args.allow_code_execution:
+        raise run.UserError(f"--allow-code-execution is for --task humaneval, and {args.task} runs no code; leave it "
+                            "out")
+    problems = read_problems(args.answers, args.references)
+    for problem in problems:
+        _check_reference(args, problem)
+    if args.task == "humaneval":
+        marks = _run_programs(problems)
     else:
-        marks = [[check_answer(s.task, next(r[name] for name in columns if isinstance(r.get(name), str)), text)
-                  for text in texts] for r, texts, _ in problems]
-    print_verified(s, marks)
+        marks = [[check_answer(args.task, _reference_text(p.reference), text) for text in p.texts] for p in problems]
+    figures = _figures(args.task, marks)
+    print(json.dumps(figures) if args.json else _as_text(args, figures))
 
 
-def print_verified(s, marks):
-    """Accuracy (for code pass@1, 10, 100 as far as there are answers) from the marks of each problem's answers."""
-    fewest, flat = min(map(len, marks)), sum(marks, [])
-    rates = {f"pass@{k}": [pass_at_k(len(m), m.count(True), k) for m in marks] for k in (1, 10, 100) if k <= fewest}
-    rates = rates if s.task == "humaneval" else {"accuracy": rates["pass@1"]}
-    figures = {"task": s.task, "problems": len(marks), "answers": len(flat), "without_answer": flat.count(None)}
-    for name, values in rates.items():
-        figures[name], error = mean_and_error(torch.tensor(values))
-        figures[name + "_se"] = None if math.isnan(error) else error
-    print(json.dumps(figures) if s.json else f"{s.task}, {s.answers}: "
-          + ", ".join(f"{name} {figures[name]:.3f}" + (f" ±{figures[name + '_se']:.3f}" if len(marks) > 1 else "")
-                      for name in rates)
-          + f" over {len(marks)} problems, {len(flat)} answers; "
-          + ("nothing that parses" if s.task == "humaneval" else "no answer found")
-          + f" in {flat.count(None)} of them")
+def read_problems(answers, references=""):
+    """A list of Problem from the file --answers and, if given, --references.
+
+    An answer stands in `output`, `completion` or `answer_text`, as a text or a list of texts, or in generate_0,
+    generate_1, ... (texts or conversations). Rows of one question are one problem with several answers. References are
+    found by the question's text (`question`, `prompt` or `instruction`), else by `task_id` or `id`.
+    Raises UserError for a row without an answer, and for one that --references does not know.
+    """
+    known = {}
+    for _, row in read_rows("--references", references) if references else ():
+        known |= {name: row for name in _names(row)}
+    problems = {}
+    for where, row in read_rows("--answers", answers):
+        texts = _answers_in(row)
+        if not texts:
+            raise run.UserError(f"--answers {answers}, {where}: no answer found; every row needs `output`, "
+                                "`completion` or `answer_text`, a text or a list of them, or generate_0 ...")
+        reference = row
+        if references:
+            reference = next((known[name] for name in _names(row) if name in known), None)
+        if reference is None:
+            raise run.UserError(f"--answers {answers}, {where}: --references {references} holds neither its question "
+                                "nor its task_id or id; give both files the same")
+        names = _names(reference)
+        problem = problems.setdefault(names[0] if names else where, Problem(reference, [], where))
+        problem.texts.extend(texts)
+    return list(problems.values())
+
+
+def _names(row):
+    """What a question can be found by: its text, its ids."""
+    columns = ("question", "problem", "prompt", "instruction", "task_id", "id")
+    return [row[name] for name in columns if isinstance(row.get(name), (str, int))]
+
+
+def _answers_in(row):
+    """The texts of a row's answers, or None where there is none that can be read."""
+    given = [row[name] for name in ("output", "completion", "answer_text") if name in row]
+    found = given[0] if given else [row[f"generate_{i}"] for i in range(len(row)) if f"generate_{i}" in row]
+    if isinstance(found, str):
+        found = [found]
+    try:
+        texts = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in found]
+    except (TypeError, KeyError, IndexError):
+        return None
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
+def _reference_text(row):
+    """The data set's own answer, whole: `answer` (GSM8K), `reference` or `solution` (MATH); None without one."""
+    return next((row[name] for name in ("answer", "reference", "solution") if isinstance(row.get(name), str)), None)
+
+
+def _check_reference(args, problem):
+    """Raises UserError for a problem without the reference that its task needs."""
+    row, at = problem.reference, f"--answers {args.answers}, {problem.where}"
+    if args.task == "humaneval":
+        there = all(isinstance(row.get(name), str) for name in ("prompt", "test", "entry_point"))
+        needed = "prompt and test and entry_point"
+    else:
+        there, needed = _reference_text(row) is not None, "answer or reference or solution"
+    if not there:
+        looked_in = f" in --references {args.references}" if args.references else ""
+        raise run.UserError(f"{at}: no reference for it{looked_in}; every row needs {needed} as text, here or in "
+                            "--references FILE")
+    if args.task == "gsm8k" and gsm8k_answer(_reference_text(row)) is None:
+        raise run.UserError(f"{at}: its reference holds no number; is it --task math?")
+
+
+def check_answer(task, reference, text):
+    """Is `text` right? True, False, or None where it holds no answer. reference: the data set's own answer, whole.
+
+    >>> check_answer("gsm8k", "so 6 + 4 = 10. #### 10", "The answer is 10."), check_answer("math", "3", "It is 3.")
+    (True, None)
+    """
+    if task == "gsm8k":
+        found, right = gsm8k_answer(text), gsm8k_answer(reference)
+        return None if found is None else found == right
+    found, right = boxed(text), boxed(reference)        # MATH's solutions have a box, other files the bare answer
+    if not found:
+        return None
+    return math_value(found) == math_value(reference if right is None else right)
+
+
+def _run_programs(problems):
+    """For each problem the marks of its answers: True, False, or None where nothing in the answer parses."""
+    sources = [humaneval_program(problem.reference, text) for problem in problems for text in problem.texts]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:     # each thread only waits for its process
+        running = pool.map(lambda source: None if source is None else passes(source), sources)
+        marks = iter(list(run.progress(running, "running", len(sources))))
+    return [[next(marks) for _ in problem.texts] for problem in problems]
+
+
+def _figures(task, marks):
+    """Accuracy, or for code pass@1, 10 and 100 as far as there are answers, each with its standard error over problems
+    (None for one alone). marks: for each problem those of its answers."""
+    fewest = min(map(len, marks))
+    flat = [mark for of_one in marks for mark in of_one]
+    figures = {"task": task, "problems": len(marks), "answers": len(flat), "without_answer": flat.count(None)}
+    for k in (1, 10, 100) if task == "humaneval" else (1,):
+        if k <= fewest:
+            name = f"pass@{k}" if task == "humaneval" else "accuracy"
+            rates = torch.tensor([pass_at_k(len(of_one), of_one.count(True), k) for of_one in marks])
+            figures[name], error = mean_and_error(rates)
+            figures[name + "_se"] = None if math.isnan(error) else error
+    return figures
+
+
+def _as_text(args, figures):
+    rates = []
+    for name in ("accuracy", "pass@1", "pass@10", "pass@100"):
+        if name in figures:
+            error = figures[name + "_se"]
+            rates.append(f"{name} {figures[name]:.3f}" + ("" if error is None else f" ±{error:.3f}"))
+    lacking = "nothing that parses" if args.task == "humaneval" else "no answer found"
+    return (f"{args.task}, {args.answers}: {', '.join(rates)} over {figures['problems']} problems, "
+            f"{figures['answers']} answers; {lacking} in {figures['without_answer']} of them")

@@ -12,6 +12,8 @@ import torch
 
 import eval
 import run
+from benchmarks.alpaca import length_controlled, logistic_regression, win_rates
+from benchmarks.arena import arena_scores
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -77,7 +79,7 @@ def test_length_control_agrees_with_an_independent_solver():
     on the log-likelihood in place of Newton's method, and the features written out anew."""
     shorter, difficulty, (t, d), rng = draw()
     y, gamed_y = (rng.random(60) < sigmoid(-shorter / 400)) * 0.9 + 0.05 * rng.random(60), rng.random(50)
-    ours = eval.length_controlled(y, shorter, difficulty, (t, d, gamed_y))
+    ours = length_controlled(y, shorter, difficulty, (t, d, gamed_y))
     rows = [(math.tanh(s / np.std(shorter, ddof=1)), x, 1.0, p, 1.0) for s, x, p in zip(shorter, difficulty, y)]
     rows += [(a, x, 0.0, p, 0.1) for a, x, p in zip(t, d, gamed_y)]
     X = torch.tensor([row[:3] for row in rows] * 2, dtype=torch.float64)
@@ -106,28 +108,28 @@ def test_length_control_recovers_the_coefficients_that_made_the_preferences():
     y = sigmoid(a * np.tanh(shorter / np.std(shorter, ddof=1)) + c * difficulty + b)
     gamed = (t, d, sigmoid(a * t + c * d))
     expected = sigmoid(c * difficulty + b)
-    np.testing.assert_allclose(eval.length_controlled(y, shorter, difficulty, gamed), expected, atol=1e-4)
-    np.testing.assert_allclose(eval.length_controlled(y, 7 * shorter, difficulty, gamed), expected, atol=1e-4)
+    np.testing.assert_allclose(length_controlled(y, shorter, difficulty, gamed), expected, atol=1e-4)
+    np.testing.assert_allclose(length_controlled(y, 7 * shorter, difficulty, gamed), expected, atol=1e-4)
     # a model that wrote 300 characters more everywhere, its preferences following the judge's taste, is seen through
     longer = sigmoid(a * np.tanh((shorter - 300) / np.std(shorter, ddof=1)) + c * difficulty + b)
     assert longer.mean() > y.mean() + 0.05
-    np.testing.assert_allclose(eval.length_controlled(longer, shorter - 300, difficulty, gamed), expected, atol=1e-4)
+    np.testing.assert_allclose(length_controlled(longer, shorter - 300, difficulty, gamed), expected, atol=1e-4)
 
 
 def test_length_control_without_tables_keeps_length_and_quality():
     shorter, *_ = draw(2)
     none = (np.zeros(0),) * 3
     y = sigmoid(-2 * np.tanh(shorter / np.std(shorter, ddof=1)) + 0.3)
-    np.testing.assert_allclose(eval.length_controlled(y, shorter, np.zeros(60), none), sigmoid(0.3), atol=1e-5)
+    np.testing.assert_allclose(length_controlled(y, shorter, np.zeros(60), none), sigmoid(0.3), atol=1e-5)
     # equal lengths everywhere: nothing to control for; one row alone: no deviation, and still a number
-    np.testing.assert_allclose(eval.length_controlled(y, np.zeros(60), np.zeros(60), none), y.mean(), atol=1e-5)
-    np.testing.assert_allclose(eval.length_controlled(y[:1], shorter[:1], np.zeros(1), none), y[0], atol=1e-3)
+    np.testing.assert_allclose(length_controlled(y, np.zeros(60), np.zeros(60), none), y.mean(), atol=1e-5)
+    np.testing.assert_allclose(length_controlled(y[:1], shorter[:1], np.zeros(1), none), y[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("value, rate", [(0.0, 0.0), (1.0, 1.0)])
 def test_a_model_that_wins_or_loses_every_row_has_a_finite_fit(value, rate):
     shorter, difficulty, (t, d), rng = draw(3)
-    fit = eval.length_controlled(np.full(60, value), shorter, difficulty, (t, d, rng.random(50)))
+    fit = length_controlled(np.full(60, value), shorter, difficulty, (t, d, rng.random(50)))
     assert np.isfinite(fit).all() and abs(fit.mean() - rate) < 1e-4
 
 
@@ -140,14 +142,14 @@ def test_newton_finds_the_optimum_that_bisection_finds():
         w = (low + high) / 2
         slope = (weight * (sigmoid(X[:, 0] * w) - y) * X[:, 0]).sum() + 1e-4 * w
         low, high = (low, w) if slope > 0 else (w, high)
-    np.testing.assert_allclose(eval.logistic_regression(X, y, weight), [low], atol=1e-8)
+    np.testing.assert_allclose(logistic_regression(X, y, weight), [low], atol=1e-8)
 
 
 def test_win_rates_by_hand():
-    f = eval.win_rates(np.array([1.0, 0.6, 0.5, 0.0]))
+    f = win_rates(np.array([1.0, 0.6, 0.5, 0.0]))
     assert f.pop("standard_error") == pytest.approx(100 * np.std([1, 0.6, 0.5, 0], ddof=1) / 2)
     assert f == {"win_rate": 52.5, "discrete_win_rate": 62.5, "n_wins": 2, "n_wins_base": 1, "n_draws": 1, "n_total": 4}
-    assert eval.win_rates(np.array([0.7]))["standard_error"] is None
+    assert win_rates(np.array([0.7]))["standard_error"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,14 +180,14 @@ def test_alpaca_figures(figures, benchmark):
     f, = figures("alpaca", "--annotations", whole("a.json", rows), *tables)
     y = np.array([row["preference"] - 1 for row in rows])
     table = np.genfromtxt("gamed.csv", delimiter=",", skip_header=1, usecols=(4, 2, 3)).T
-    fit = eval.length_controlled(y, np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows], float),
+    fit = length_controlled(y, np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows], float),
                                  np.genfromtxt("difficulty.csv", delimiter=",", skip_header=1)[:, 1],
                                  (np.tanh(table[0]), table[1], table[2]))
     assert f["length_controlled_winrate"] == pytest.approx(100 * fit.mean(), abs=1e-9)
     assert f["lc_standard_error"] == pytest.approx(100 * fit.std(ddof=1) / 12**0.5, abs=1e-9) and fit.std() > 0.01
     assert f["win_rate"] == pytest.approx(100 * y.mean()) and f["n_total"] == 12 and "position" in f["length_control"]
     assert f["avg_length"] == int(np.mean([len(r["output_2"]) for r in rows]))
-    assert f["subsets"]["vicuna"] == pytest.approx(eval.win_rates(y[:4])) and set(f["subsets"]) == {"oasst", "vicuna"}
+    assert f["subsets"]["vicuna"] == pytest.approx(win_rates(y[:4])) and set(f["subsets"]) == {"oasst", "vicuna"}
     for name in (whole("a.json.gz", rows), lines("a.jsonl", rows)):
         assert figures("alpaca", "--annotations", name, *tables) == [f]
 
@@ -241,7 +243,8 @@ GOOD = [annotation(0, 2), annotation(1, 1)]
 
 
 @pytest.mark.parametrize("rows, says", [
-    ([], "no rows"), (7, "no JSON object"), ({"a": 1}, "`instruction`"), ([7], "entry 1"), (GOOD + [{"preference": 1}], "entry 3"),
+    ([], "no rows"), (7, "no JSON object"), ({"a": 1}, "`instruction`"), ([7], "entry 1"),
+    (GOOD + [{"preference": 1}], "entry 3"),
     (GOOD + [annotation(2, "1")], "`preference`"), (GOOD + [annotation(2, 1, output_2=None)], "`output_2`"),
     (GOOD + [annotation(2, 1, generator_1="other")], "`generator_1`"),
     (GOOD + [annotation(2, 1, generator_2="other")], "`generator_2`"),
@@ -360,8 +363,8 @@ def test_arena_by_hand(figures, capsys):
     eval.main(["arena", "--judgments", "j.jsonl"])
     assert "62.5" in capsys.readouterr().out
     # the place is not the player: the favoured place alone gives one half, and mirrored labels say the same
-    assert eval.arena_scores([("A>>B", "A>>B")] * 4, 0)["score"] == 50
-    assert eval.arena_scores([("A<<B", "B<A"), ("A>B", "B=A")], 0) == eval.arena_scores([("B>>A", "A>B"),
+    assert arena_scores([("A>>B", "A>>B")] * 4, 0)["score"] == 50
+    assert arena_scores([("A<<B", "B<A"), ("A>B", "B=A")], 0) == arena_scores([("B>>A", "A>B"),
                                                                                          ("A>B", "A=B")], 0)
 
 
@@ -385,7 +388,7 @@ def test_arena_interval_is_seeded_and_covers(figures):
 
 
 def test_arena_interval_of_prompts_is_wider_than_that_of_battles_that_repeat_each_other():
-    scores = eval.arena_scores([("B>>A", "A>>B"), ("A>>B", "B>>A")] * 50, 0)        # six equal battles a prompt
+    scores = arena_scores([("B>>A", "A>>B"), ("A>>B", "B>>A")] * 50, 0)        # six equal battles a prompt
     prompts, battles = (scores[k][1] - scores[k][0] for k in ("interval", "interval_battles"))
     assert scores["score"] == 50 and prompts / battles == pytest.approx(6**0.5, rel=0.3)
 

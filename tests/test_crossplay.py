@@ -8,10 +8,14 @@ import pytest
 import torch
 
 import eval
+import games
 import model
+import plots
 import prefmodel
 import run
+import winrate
 import world
+from chat import load_checkpoint
 from conftest import Killed
 from run import UserError
 
@@ -30,10 +34,10 @@ ROCK = [[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]]
     ([[0.5, 1.0, 0.4], [0.0, 0.5, 1.0], [0.6, 0.0, 0.5]], [5 / 11, 1 / 11, 5 / 11]),    # P v = 1/2: solved by hand
     ([[0.5, 0.5], [0.5, 0.5]], [0.5, 0.5]), ([[0.5]], [1.0])])
 def test_nash_of_known_games(P, mixture):
-    found = eval.nash(P, 1e-6)
-    assert eval.duality_gap(P, found) <= 1e-6 and float(found.sum()) == pytest.approx(1)
+    found = games.nash(P, 1e-6)
+    assert games.duality_gap(P, found) <= 1e-6 and float(found.sum()) == pytest.approx(1)
     assert found.tolist() == pytest.approx(mixture, abs=1e-3)
-    assert eval.nash(P).tolist() == pytest.approx(mixture, abs=0.01)
+    assert games.nash(P).tolist() == pytest.approx(mixture, abs=0.01)
 
 
 def test_a_dominated_player_gets_nothing():
@@ -42,7 +46,7 @@ def test_a_dominated_player_gets_nothing():
     P[:3, :3] = torch.tensor(world.STYLES)
     P[3, :3] = P[0, :3] - 0.05
     P[:3, 3] = 1 - P[3, :3]
-    assert eval.nash(P, 1e-6).tolist() == pytest.approx([3 / 9, 2 / 9, 4 / 9, 0], abs=1e-3)
+    assert games.nash(P, 1e-6).tolist() == pytest.approx([3 / 9, 2 / 9, 4 / 9, 0], abs=1e-3)
 
 
 def test_the_gap_is_reached_in_games_of_any_size():
@@ -52,16 +56,16 @@ def test_the_gap_is_reached_in_games_of_any_size():
             U = torch.rand(n, n, generator=generator, dtype=torch.float64)
             upper = (U.round() if hard else U).triu(1)
             P = upper + (1 - upper.T).tril(-1) + torch.eye(n) / 2
-            assert eval.duality_gap(P, eval.nash(P, 1e-3)) <= 1e-3
+            assert games.duality_gap(P, games.nash(P, 1e-3)) <= 1e-3
 
 
 def test_optimism_leaves_the_first_step_alone_and_then_looks_ahead():
     P, start, eta = torch.tensor(ROCK), [0.5, 0.3, 0.2], 0.3
-    plain, ahead = (eval.multiplicative_weights(P, start, eta, 3, optimistic=o) for o in (False, True))
+    plain, ahead = (games.multiplicative_weights(P, start, eta, 3, optimistic=o) for o in (False, True))
     torch.testing.assert_close(plain[:2], ahead[:2])
     one, two = P.double() @ plain[0], P.double() @ plain[1]
     torch.testing.assert_close(ahead[2], (plain[1].log() + eta * (2 * two - one)).softmax(0))
-    averages = [eval.duality_gap(ROCK, eval.multiplicative_weights(P, start, 0.5, 2000, optimistic=o).mean(0))
+    averages = [games.duality_gap(ROCK, games.multiplicative_weights(P, start, 0.5, 2000, optimistic=o).mean(0))
                 for o in (False, True)]
     assert averages[1] < 0.005 and averages[1] < averages[0]
 
@@ -72,10 +76,10 @@ def test_cycles_need_every_step():
     for winner, loser in ((0, 1), (1, 2), (2, 0), (0, 3), (1, 3), (2, 3)):
         P[winner, loser], P[loser, winner] = 0.6, 0.4
     errors = torch.full((4, 4), 0.049)
-    assert eval.cycles(P, errors) == [(0, 1, 2)] and eval.cycles(P, errors + 0.002) == []
-    assert eval.cycles(P.T, errors) == [(0, 2, 1)]
+    assert games.cycles(P, errors) == [(0, 1, 2)] and games.cycles(P, errors + 0.002) == []
+    assert games.cycles(P.T, errors) == [(0, 2, 1)]
     errors[1, 2] = errors[2, 1] = 0.06
-    assert eval.cycles(P, errors) == [] and eval.cycles(torch.full((3, 3), 0.5), torch.zeros(3, 3)) == []
+    assert games.cycles(P, errors) == [] and games.cycles(torch.full((3, 3), 0.5), torch.zeros(3, 3)) == []
 
 
 class Longer:
@@ -88,19 +92,20 @@ class Longer:
 def test_payoffs_by_hand():
     """Two prompts: a beats b once and ties once; c loses to both always."""
     answers = [[["aaa"], ["aa"]], [["aa"], ["aa"]], [["a"], ["a"]]]
-    results = [eval.mean_and_error(eval.verdicts(Longer(), ["x", "y"], answers[i], answers[j]))
+    results = [winrate.mean_and_error(winrate.verdicts(Longer(), ["x", "y"], answers[i], answers[j]))
                for i, j in ((0, 1), (0, 2), (1, 2))]
-    P, errors = eval.payoffs(3, results)
+    P, errors = games.payoffs(3, results)
     assert P.tolist() == [[0.5, 0.75, 1.0], [0.25, 0.5, 1.0], [0.0, 0.0, 0.5]]
     assert errors[0, 1] == errors[1, 0] == 0.25 and errors[2].tolist() == [0, 0, 0]     # std .3536 / sqrt(2)
-    figures = eval.cross_figures(["a", "b", "c"], P, errors)
+    figures = games.cross_figures(["a", "b", "c"], P, errors)
     assert figures["exploitability"] == [0.0, 0.25, 0.5] and figures["nash"][0] > 0.99 and figures["cycles"] == []
-    assert "no cycle of three" in eval.cross_table(figures)
+    assert "no cycle of three" in games.cross_table(figures)
 
 
 def test_cross_table_names_cycles():
-    figures = eval.cross_figures(["rock", "paper", "a longer name for scissors"], torch.tensor(ROCK), torch.zeros(3, 3))
-    text = eval.cross_table(figures)
+    names = ["rock", "paper", "a longer name for scissors"]
+    figures = games.cross_figures(names, torch.tensor(ROCK), torch.zeros(3, 3))
+    text = games.cross_table(figures)
     assert "cycle: rock beats paper beats a longer name for scissors beats rock" in text
     head, rock = text.splitlines()[:2]
     assert len(head) == len(rock) and rock.split()[-2:] == ["0.333", "0.500"]
@@ -115,7 +120,7 @@ def ruined(base, tmp_path_factory):
     """The base with noise on its matrices: another player, and a worse one."""
     path = str(tmp_path_factory.mktemp("ruined") / "checkpoint")
     shutil.copytree(base, path)
-    net, chat = eval.load(base, "cpu", torch.float32)
+    net, chat = load_checkpoint(base, "cpu", torch.float32)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if weight.dim() == 2:
@@ -145,13 +150,13 @@ def test_crossplay_on_the_embedded_world(base, ruined, capsys, monkeypatch):
     assert row["players"][0] == "base" and row["players"][2] == "twin" and row["nash"][1] < 0.01
     assert row["duality_gap"] <= 1e-4 and row["exploitability"][1] == pytest.approx(max(P[0, 1], P[2, 1]) - 0.5)
 
-    prompts, sampling = world.queries("test", 150), eval.Sampling(24)
+    prompts, sampling = world.OPERATIONS.queries("test", 150), winrate.Sampling(24)
     answers = []
     for i, path in enumerate((base, ruined)):
-        net, chat = eval.load(path, "cpu", torch.float32)
+        net, chat = load_checkpoint(path, "cpu", torch.float32)
         ids = chat.encode_all(prompts, 0, 24)
-        answers.append(eval.answer(net, chat, ids, 1, sampling, run.stream(0, "crossplay", i))[0])
-    rate, error = eval.mean_and_error(eval.verdicts(prefmodel.load("oracle"), prompts, *answers))
+        answers.append(winrate.answer(net, chat, ids, 1, sampling, run.stream(0, "crossplay", i))[0])
+    rate, error = winrate.mean_and_error(winrate.verdicts(prefmodel.load("oracle"), prompts, *answers))
     assert (row["payoff"][0][1], row["payoff_se"][0][1]) == (pytest.approx(rate), pytest.approx(error))
 
 
@@ -162,12 +167,13 @@ def test_crossplay_goes_on_where_it_was_killed(base, ruined, dies_in, monkeypatc
     eval.main([*argv, "--out", "whole"])
     whole = json.loads(capsys.readouterr().out)
     with monkeypatch.context():
-        calls = dies_in(eval, "verdicts", 2)
+        calls = dies_in(winrate, "verdicts", 2)
         with pytest.raises(Killed):
             eval.main([*argv, "--out", "killed"])
-    monkeypatch.setattr(eval, "answer", None)
+    monkeypatch.setattr(winrate, "answer", None)
     eval.main([*argv, "--out", "killed"])
-    assert len(calls) == 4 and json.loads(capsys.readouterr().out) == whole      # one, one that died, two that were left
+    assert json.loads(capsys.readouterr().out) == whole
+    assert len(calls) == 4                                              # one, one that died, two that were left
     eval.main([*argv, "--out", "killed"])
     assert len(calls) == 4 and json.loads(capsys.readouterr().out) == whole
     with pytest.raises(UserError, match="--out"):
@@ -226,14 +232,14 @@ def lsp_run():
 
 def test_clocks():
     """Gradient steps go on counting over iterations; seconds are the phases' sum, spread evenly, or a row's own."""
-    assert eval._clocks(sppo_run()) == {"steps": {False: [0, 3, 5], True: [1, 2, 3, 4, 5, 5]},
+    assert plots._clocks(sppo_run()) == {"steps": {False: [0, 3, 5], True: [1, 2, 3, 4, 5, 5]},
                                         "seconds": {False: [0, 6, 10], True: [2, 4, 6, 8, 10, 10]}}
-    assert eval._clocks(lsp_run())["steps"] == {False: [0, 2, 4], True: [1, 2, 3, 4]}
+    assert plots._clocks(lsp_run())["steps"] == {False: [0, 2, 4], True: [1, 2, 3, 4]}
     bare = {"evaluations": sppo_run()["evaluations"]}
-    assert eval._clocks(bare) == {"steps": {False: [0, 1, 2], True: []}, "seconds": None}
+    assert plots._clocks(bare) == {"steps": {False: [0, 1, 2], True: []}, "seconds": None}
     timed = lsp_run()
     timed["evaluations"][1] = {**timed["evaluations"][1], "seconds": 7.5}
-    assert eval._clocks(timed)["seconds"][False] == [0, 7.5, 8]
+    assert plots._clocks(timed)["seconds"][False] == [0, 7.5, 8]
 
 
 def panels(*summaries):
@@ -242,7 +248,7 @@ def panels(*summaries):
     import matplotlib.pyplot as plt
 
     runs = [(f"run {i}", s) for i, s in enumerate(summaries)]
-    figure = (eval._curves if len(runs) == 1 else eval._comparison)(plt, runs)
+    figure = (plots._curves if len(runs) == 1 else plots._comparison)(plt, runs)
     try:
         return [a.get_title() for a in figure.axes], figure
     finally:
@@ -252,10 +258,10 @@ def panels(*summaries):
 def test_a_picture_has_the_panels_that_its_runs_can_fill():
     blind = sppo_run()
     blind["evaluations"] = [{**r, "accuracy_sampled": None, "accuracy_greedy": None} for r in blind["evaluations"]]
-    titles = [p.title for p in (eval.ACCURACY, eval.WIN_RATE, eval.CHALLENGER)]
+    titles = [p.title for p in (plots.ACCURACY, plots.WIN_RATE, plots.CHALLENGER)]
     assert panels(sppo_run())[0] == titles[:2] and panels(lsp_run())[0] == titles
-    assert panels(blind)[0] == [eval.LENGTH.title, eval.WIN_RATE.title]
-    both = [p.title for p in (eval.WIN_RATE, eval.ACCURACY, eval.LENGTH, eval.DISTANCE, eval.CHALLENGER)]
+    assert panels(blind)[0] == [plots.LENGTH.title, plots.WIN_RATE.title]
+    both = [p.title for p in (plots.WIN_RATE, plots.ACCURACY, plots.LENGTH, plots.DISTANCE, plots.CHALLENGER)]
     assert panels(sppo_run(), lsp_run())[0] == both + [""] * 5          # against steps, and below against seconds
     assert panels(blind, blind)[0][:4] == [both[0], both[2], both[3], ""]
     bare = [{"evaluations": s["evaluations"]} for s in (sppo_run(), lsp_run())]
@@ -277,7 +283,7 @@ def test_long_logs_are_averaged():
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots()
-    eval._line(axis, range(1000), [{"a": float(i % 2)} for i in range(1000)], "a", logged=True)
+    plots._line(axis, range(1000), [{"a": float(i % 2)} for i in range(1000)], "a", logged=True)
     x, y = axis.get_lines()[0].get_data()
     plt.close(figure)
     assert len(x) == 40 and list(y) == pytest.approx([0.5] * 40, abs=0.03) and x[0] == 12.0

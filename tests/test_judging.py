@@ -14,11 +14,19 @@ import time
 import pytest
 import torch
 
+import benchmarks.endpoint
+import benchmarks.generate
+import benchmarks.judge
+import benchmarks.replies
 import eval
+import kernels
 import prefmodel
 import rollout
 import run
 import world
+from benchmarks.formats import read_answers, read_questions
+from benchmarks.judge import parse_rating, parse_verdict
+from chat import load_checkpoint
 from conftest import Killed
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -116,6 +124,27 @@ def generate(model, prompts, format, out, *more):
             "--max-new-tokens", "12", "--device", "cpu", *map(str, more)]
 
 
+def test_questions_of_every_layout():
+    """What a question is known by, its turns, its category and its right answers; a .txt file has prompts alone."""
+    old = {"question_id": 7, "category": "c", "turns": [{"content": "hard?"}], "reference": "yes"}
+    assert [(q.key, q.turns, q.category, q.reference) for q in read_questions(lines("old.jsonl", [old]), "arena")] == [
+        ("7", ["hard?"], "c", ["yes"])]
+    lines("twice.jsonl", [{"instruction": "a", "input": "b"}, {"prompt": "a\n\nb"}])
+    assert [(q.key, q.turns) for q in read_questions("twice.jsonl", "alpaca")] == [("a\n\nb", ["a\n\nb"])]
+    assert [(q.key, q.turns) for q in read_questions("twice.jsonl", "jsonl")] == [(0, ["a\n\nb"]), (1, ["a\n\nb"])]
+    two, = read_questions(lines("mt.jsonl", MT_QUESTIONS[1:2]), "mtbench")
+    assert (two.key, two.turns, two.reference) == (111, MT_QUESTIONS[1]["turns"], ["36", "12"])
+    with open("plain.txt", "w") as file:
+        file.write("one\n\ntwo\n")
+    assert [q.row for q in read_questions("plain.txt", "jsonl")] == [{"prompt": "one"}, {"prompt": "two"}]
+
+
+def test_answers_of_arena_hards_older_layout_are_matched_as_its_questions_are():
+    row = {"question_id": 7, "model_id": "m", "choices": [{"turns": [{"content": "yes"}]}]}
+    found = read_answers(lines("old.jsonl", [row]), "--answers", "arena")
+    assert {key: (answer.turns, answer.name) for key, answer in found.items()} == {"7": (["yes"], "m")}
+
+
 def test_answer_files_have_their_benchmarks_fields(llama3, capsys):
     lines("q.jsonl", [{"instruction": i, "dataset": "koala"} for i in INSTRUCTIONS + INSTRUCTIONS[:1]])
     said = report(capsys, *generate(llama3, "q.jsonl", "alpaca", "outputs.json", "--name", "us"))
@@ -153,7 +182,7 @@ def test_mt_bench_has_two_turns_and_temperatures_by_category(llama3, monkeypatch
     assert [(count, T) for count, T, _ in calls] == [(2, 0.0), (1, 0.7)] * 2
     rows = read("mt.jsonl")
     assert [r["question_id"] for r in rows] == [81, 111, 121] and all(len(r["choices"][0]["turns"]) == 2 for r in rows)
-    tokenizer = eval.load(llama3, torch.device("cpu"), torch.float32)[1].tokenizer
+    tokenizer = load_checkpoint(llama3, torch.device("cpu"), torch.float32)[1].tokenizer
     second = tokenizer.decode(calls[-1][2][0])          # the second turn is asked after the first and its answer
     order = [second.index(text) for text in (MT_QUESTIONS[0]["turns"][0], "assistant", MT_QUESTIONS[0]["turns"][1])]
     assert order == sorted(order) and rows[0]["choices"][0]["turns"][0].strip() in second
@@ -176,7 +205,7 @@ def test_an_interrupted_generation_goes_on_and_ends_the_same(llama3, dies_in, to
     lines("q.jsonl", [{"prompt": i} for i in INSTRUCTIONS])
     command = ["--temperature", "1", "--seed", "3", "--batch", "2"]
     eval.main(generate(llama3, "q.jsonl", "alpaca", "whole.json", *command))
-    dies_in(eval, "_answer_turn", 2)
+    dies_in(benchmarks.generate, "_answer_turn", 2)
     with pytest.raises(Killed):
         eval.main(generate(llama3, "q.jsonl", "alpaca", "cut.json", *command))
     assert not os.path.exists("cut.json")
@@ -196,7 +225,7 @@ def test_an_interrupt_says_how_to_go_on(llama3, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     lines("q.jsonl", [{"prompt": "a"}])
-    monkeypatch.setattr(eval, "_answer_turn", interrupt)
+    monkeypatch.setattr(benchmarks.generate, "_answer_turn", interrupt)
     with pytest.raises(SystemExit) as end:
         eval.main(generate(llama3, "q.jsonl", "alpaca", "o.json"))
     assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
@@ -205,7 +234,7 @@ def test_an_interrupt_says_how_to_go_on(llama3, monkeypatch, capsys):
 def test_a_damaged_partial_file_is_refused(llama3, complaint, dies_in):
     lines("q.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     command = generate(llama3, "q.jsonl", "alpaca", "o.json", "--batch", "1")
-    dies_in(eval, "_answer_turn", 2)
+    dies_in(benchmarks.generate, "_answer_turn", 2)
     with pytest.raises(Killed):
         eval.main(command)
     with open("o.json.partial.jsonl", "a") as file:
@@ -226,9 +255,9 @@ def test_best_of_n_takes_the_highest_phat_or_reward(llama3, pairrm, monkeypatch)
     lines("q.jsonl", [{"prompt": i} for i in INSTRUCTIONS[:3]])
     eval.main(generate(llama3, "q.jsonl", "alpaca", "best.json", "--temperature", "1", "--best-of", "4", "--judge",
                        f"pairrm:{pairrm}"))
-    chat = eval.load(llama3, torch.device("cpu"), torch.float32)[1]
+    chat = load_checkpoint(llama3, torch.device("cpu"), torch.float32)[1]
     texts = [[chat.decode(t) for t in group] for group in drawn[0].tokens]
-    wins = prefmodel.phat(prefmodel.load(f"pairrm:{pairrm}").preference(INSTRUCTIONS[:3], texts))
+    wins = kernels.phat(prefmodel.load(f"pairrm:{pairrm}").preference(INSTRUCTIONS[:3], texts))
     assert [r["output"] for r in read("best.json")] == [t[k] for t, k in zip(texts, wins.argmax(1).tolist())]
 
     class Longest:
@@ -267,8 +296,11 @@ def test_wrong_input_of_generate(llama3, complaint):
             (generate(llama3, "one.jsonl", "mtbench", "o", "--best-of", "4", "--judge", "reward:x"), "mtbench"),
             (generate(llama3, "q.jsonl", "alpaca", "o", "--best-of", "4", "--judge", "oracle", "--preset", "lsp"),
              "oracle"),
-            (generate(llama3, "q.jsonl", "alpaca", "o", "--batch", "0"), "--batch"),
-            (generate(llama3, "q.jsonl", "alpaca", "o", "--top-p", "0"), "--top-p")):
+            (generate(llama3, "q.jsonl", "alpaca", "o", "--batch", "0"), "--batch 0 must be at least 1"),
+            (generate(llama3, "q.jsonl", "alpaca", "o", "--best-of", "0"), "--best-of 0 must be at least 1"),
+            (generate(llama3, "q.jsonl", "alpaca", "o", "--temperature", "-1"), "--temperature -1.0 must be at least"),
+            (generate(llama3, "q.jsonl", "alpaca", "o", "--max-new-tokens", "-1"), "--max-new-tokens -1 must be at"),
+            (generate(llama3, "q.jsonl", "alpaca", "o", "--top-p", "0"), "--top-p 0.0 must be above 0")):
         assert says in complaint(*argv)
 
 
@@ -293,23 +325,23 @@ def judge(answers, mode, who, out, *more):
 
 
 def test_labels_are_read_from_the_last_brackets():
-    assert eval.parse_verdict("no label A>B") is None and eval.parse_verdict("[[A>>B]]") == "A>>B"
-    assert [eval.parse_rating(t) for t in ("", "[[0]]", "[[11]]", "[[3]] then [[8.5]]", "[8]")] == [-1, -1, -1, 8.5, -1]
+    assert parse_verdict("no label A>B") is None and parse_verdict("[[A>>B]]") == "A>>B"
+    assert [parse_rating(t) for t in ("", "[[0]]", "[[11]]", "[[3]] then [[8.5]]", "[8]")] == [-1, -1, -1, 8.5, -1]
 
 
 def test_the_share_of_m_is_that_of_the_models_softmax(roomy):
     import transformers
 
-    net, chat = eval.load(roomy, torch.device("cpu"), torch.float32)
+    net, chat = load_checkpoint(roomy, torch.device("cpu"), torch.float32)
     hf, counts = transformers.AutoModelForCausalLM.from_pretrained(roomy).eval(), [0, 0]
     prompts = [chat.encode(text) for text in INSTRUCTIONS]
     with torch.inference_mode():
         P = [hf(torch.tensor([ids])).logits[0, -1].softmax(-1) for ids in prompts]
     likely = P[0].argsort(descending=True).tolist()
-    spelt = [eval._label_ids(chat.tokenizer, label, roomy) for label in "mM"]
+    spelt = [benchmarks.judge._label_ids(chat.tokenizer, label, roomy) for label in "mM"]
     assert [{chat.tokenizer.decode([i]).strip() for i in ids} for ids in spelt] == [{"m"}, {"M"}]
     for m, M in (spelt, ([likely[3]], [likely[40], likely[50]]), ([likely[200]], [likely[201]])):
-        for p, share in zip(P, eval.label_shares(net, prompts, m, M, batch_tokens=100)):
+        for p, share in zip(P, benchmarks.judge.label_shares(net, prompts, m, M, batch_tokens=100)):
             readable = bool(set(p.topk(5).indices.tolist()) & {*m, *M})
             exact = float(p[m].sum() / (p[m].sum() + p[M].sum()))
             assert share == (pytest.approx(exact, abs=1e-5) if readable else None)
@@ -328,8 +360,8 @@ def test_pairwise_by_a_local_model(roomy, monkeypatch, capsys):
         seen.extend(texts)
         return [0.9 if t.index("GOOD") < t.index("poor") else 0.2 for t in texts]
 
-    chat = eval.load(roomy, torch.device("cpu"), torch.float32)[1]
-    monkeypatch.setattr(eval, "label_shares", shares)
+    chat = load_checkpoint(roomy, torch.device("cpu"), torch.float32)[1]
+    monkeypatch.setattr(benchmarks.judge, "label_shares", shares)
     command = judge("ours.json", "pairwise", f"model:{roomy}", "a.json", "--reference", "theirs.json")
     said = report(capsys, *command)
     rows = read("a.json")
@@ -359,8 +391,8 @@ def test_pairwise_by_judges_of_pairs(pairrm, capsys):
     P = prefmodel.load(f"pairrm:{pairrm}").preference(INSTRUCTIONS, [["Yes. " + i, "No."] for i in INSTRUCTIONS])
     assert [r["preference"] for r in read("a.json")] == pytest.approx((1 + P[:, 0, 1]).tolist(), abs=1e-6)
 
-    queries = world.queries("test", 6)
-    alpaca("right.json", "us", world.solve, queries)
+    queries = world.OPERATIONS.queries("test", 6)
+    alpaca("right.json", "us", world.OPERATIONS.solve, queries)
     alpaca("wrong.json", "baseline", lambda q: "", queries)
     said = report(capsys, *judge("right.json", "pairwise", "oracle", "o.json", "--reference", "wrong.json"))
     assert all(r["preference"] > 1.95 for r in read("o.json")) and said["rows"] == said["judged_now"] == 6
@@ -371,7 +403,7 @@ def test_single_by_a_local_model_reads_only_its_own_words(roomy, capsys, dies_in
     lines("q.jsonl", MT_QUESTIONS)
     command = judge(mt_answers("mt.jsonl"), "single", f"model:{roomy}", "j.jsonl", "--prompts", "q.jsonl",
                     "--max-new-tokens", "8", "--batch", "2")
-    dies_in(eval.Replies, "add", 3)
+    dies_in(benchmarks.replies.Replies, "add", 3)
     with pytest.raises(Killed):
         eval.main(command)
     said = report(capsys, *command)
@@ -434,7 +466,7 @@ def endpoint(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(eval, "BACKOFF", 0.001)
+    monkeypatch.setattr(benchmarks.endpoint, "BACKOFF", 0.001)
     yield server
     server.shutdown()
     server.server_close()
@@ -516,7 +548,7 @@ def test_single_by_an_endpoint(endpoint, capsys):
 
 def test_retry_after_is_honoured(endpoint, monkeypatch):
     waits = []
-    asker = eval.Endpoint("m", endpoint.url, 5, 3)
+    asker = benchmarks.endpoint.Endpoint("m", endpoint.url, 5, 3)
     monkeypatch.setattr(asker.stopped, "wait", lambda seconds: waits.append(seconds))
     endpoint.script = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "soon"}), (429, {"Retry-After": "99999"})]
     endpoint.reply = lambda prompt: message("yes")
@@ -524,7 +556,7 @@ def test_retry_after_is_honoured(endpoint, monkeypatch):
 
 
 def test_an_endpoint_that_cannot_do_it_is_named(endpoint, monkeypatch):
-    asker = eval.Endpoint("m", endpoint.url, 5, 2)
+    asker = benchmarks.endpoint.Endpoint("m", endpoint.url, 5, 2)
     endpoint.reply = lambda prompt: message("m")
     with pytest.raises(run.UserError, match="no log-probabilities"):
         asker.share("which?")
@@ -539,7 +571,7 @@ def test_a_redirect_does_not_carry_the_key_away(endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     endpoint.script = [(302, {"Location": endpoint.url + "/elsewhere"})]
     with pytest.raises(run.UserError, match="HTTP 302"):
-        eval.Endpoint("m", endpoint.url, 5, 2).write("hello", 5)
+        benchmarks.endpoint.Endpoint("m", endpoint.url, 5, 2).write("hello", 5)
     assert len(endpoint.asked) == 1
 
 
@@ -577,7 +609,9 @@ def test_wrong_input_of_judge(llama3, complaint, monkeypatch):
             (judge("ours.json", "pairwise", "oracle", "o", *pair, "--base-url", "http://x"), "--base-url"),
             (judge("ours.json", "pairwise", "oracle", "o", *pair, "--both-orders"), "--both-orders"),
             (judge("ours.json", "pairwise", "api:x", "o", *pair, "--prompts", "q.jsonl"), "--prompts"),
-            (judge("ours.json", "pairwise", "api:x", "o", *pair, "--timeout", "0"), "--timeout"),
+            (judge("ours.json", "pairwise", "api:x", "o", *pair, "--timeout", "0"), "--timeout 0.0 must be above 0"),
+            (judge("ours.json", "pairwise", "api:x", "o", *pair, "--retries", "-1"), "--retries -1 must be at least 0"),
+            (judge("ours.json", "single", "api:x", "o", "--prompts", "q.jsonl"), "no answer that --mode single can"),
             (judge("ours.json", "pairwise", "api:x", "o", *pair, "--judge-prompt", "none.txt"), "none.txt"),
             (judge("ours.json", "pairwise", "api:x", "o", *pair, "--judge-prompt", "prompt.txt"),
              "lacks {output_M} and has an unknown {output_1}"),
@@ -593,6 +627,6 @@ def test_wrong_input_of_judge(llama3, complaint, monkeypatch):
 
 
 def test_the_judges_prompts_ask_for_what_is_parsed():
-    for mode, text in eval.JUDGE_PROMPTS.items():
+    for mode, text in benchmarks.judge.JUDGE_PROMPTS.items():
         labels = {"pairwise": [], "arena": ["A>>B", "A>B", "A=B", "B>A", "B>>A"], "single": ["5"]}[mode]
         assert set(re.findall(r"\[\[(.*?)\]\]", text)) == set(labels)

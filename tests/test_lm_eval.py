@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import eval
 import model
 import world
+from chat import load_checkpoint
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'lm_eval[hf]')")
 pytest.importorskip("accelerate", reason="lm_eval's Hugging Face models need accelerate (pip install 'lm_eval[hf]')")
@@ -35,11 +35,11 @@ def test_a_local_task_on_a_saved_checkpoint(base, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    net, chat = eval.load(base, "cpu", torch.float32)
+    net, chat = load_checkpoint(base, "cpu", torch.float32)
     net.save_pretrained(str(tmp_path / "saved"), chat.tokenizer)
     docs = []
-    for i, query in enumerate(world.queries("test", 40)):
-        right = world.solve(query)
+    for i, query in enumerate(world.OPERATIONS.queries("test", 40)):
+        right = world.OPERATIONS.solve(query)
         choices = [right, right[::-1], right[1:] + "h"]
         docs.append({"question": f"<user>{query}<assistant>", "label": i % 3,
                      "choices": choices[-(i % 3):] + choices[:-(i % 3)] if i % 3 else choices})

@@ -8,6 +8,8 @@ import time
 import pytest
 
 import eval
+from benchmarks.verify import (MATH_RULES, boxed, check_answer, gsm8k_answer, humaneval_program, math_value, pass_at_k,
+                               passes)
 from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -35,16 +37,16 @@ def write(name, rows):
     ("It weighs .5 kg", 0.5), ("1,234,567 people.", 1234567), ("pick 1, 2, 3", 3), ("pick 1,2", 2),
     ("####\nThe answer is unknown, but say 6", 6), ("I cannot say.", None), ("", None), ("####", None)])
 def test_gsm8k_answers(text, number):
-    assert eval.gsm8k_answer(text) == number
+    assert gsm8k_answer(text) == number
 
 
 def test_gsm8k_is_exact():
     """No rounding through floats; one wrong digit is wrong."""
-    assert eval.gsm8k_answer("#### 0.1") != 0.1 and eval.gsm8k_answer("#### 18.0000000000000000001") != 18
-    assert str(eval.gsm8k_answer("9" * 5000)) == "9" * 5000             # more digits than an int may be written with
-    assert eval.check_answer("gsm8k", "so\n#### 18", "The answer is 18.0") is True
-    assert eval.check_answer("gsm8k", "18", "The answer is 180.") is False
-    assert eval.check_answer("gsm8k", "18", "No idea.") is None
+    assert gsm8k_answer("#### 0.1") != 0.1 and gsm8k_answer("#### 18.0000000000000000001") != 18
+    assert str(gsm8k_answer("9" * 5000)) == "9" * 5000             # more digits than an int may be written with
+    assert check_answer("gsm8k", "so\n#### 18", "The answer is 18.0") is True
+    assert check_answer("gsm8k", "18", "The answer is 180.") is False
+    assert check_answer("gsm8k", "18", "No idea.") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def test_gsm8k_is_exact():
     ("5", None), (r"\boxed{\frac{1}{2}", None), (r"\boxed", None), (r"\boxedness{3}", None),
     (r"\boxed{1} \boxed{2", None)])
 def test_boxed(text, content):
-    assert eval.boxed(text) == content
+    assert boxed(text) == content
 
 
 SAME = [  # each line: ways to write one answer
@@ -82,11 +84,16 @@ SAME = [  # each line: ways to write one answer
 
 @pytest.mark.parametrize("ways", SAME, ids=lambda ways: ways[0])
 def test_ways_to_write_one_answer(ways):
-    assert [eval.math_value(way) for way in ways] == [eval.math_value(ways[0])] * len(ways)
+    assert [math_value(way) for way in ways] == [math_value(ways[0])] * len(ways)
+
+
+@pytest.mark.parametrize("rule", MATH_RULES, ids=lambda rule: rule.before)
+def test_a_rules_example_is_what_it_does(rule):
+    assert rule.pattern.sub(rule.by, rule.before) == rule.after
 
 
 def test_different_answers_stay_different():
-    values = [eval.math_value(ways[0]) for ways in SAME] + [eval.math_value(t) for t in (
+    values = [math_value(ways[0]) for ways in SAME] + [math_value(t) for t in (
         "(2,1)", "[1,2]", "(1,2]", r"50\pi", "1+x^2", "0.333", "1/3", "12", r"\sqrt{2}", r"\sqrt[3]{3}", "1011_2",
         "1011", r"\frac{1}{0}", "5a", "odd", "-90")]
     assert all(a != b for i, a in enumerate(values) for b in values[:i])
@@ -94,10 +101,10 @@ def test_different_answers_stay_different():
 
 def test_math_needs_a_box_in_the_answer_and_not_in_the_reference():
     for reference in (r"$\frac{3}{4}$", r"Adding, we get $\boxed{\frac34}$."):
-        assert eval.check_answer("math", reference, r"It is \boxed{0.75}.") is True
-        assert eval.check_answer("math", reference, r"It is \boxed{0.76}.") is False
-        assert eval.check_answer("math", reference, "It is 3/4.") is None
-    assert eval.check_answer("math", "3", r"\boxed{}") is None
+        assert check_answer("math", reference, r"It is \boxed{0.75}.") is True
+        assert check_answer("math", reference, r"It is \boxed{0.76}.") is False
+        assert check_answer("math", reference, "It is 3/4.") is None
+    assert check_answer("math", "3", r"\boxed{}") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,8 +113,8 @@ def test_math_needs_a_box_in_the_answer_and_not_in_the_reference():
 
 def test_pass_at_k_is_the_binomials():
     for n, c, k in ((5, 2, 1), (10, 3, 4), (10, 7, 4), (8, 0, 3), (6, 6, 2), (7, 1, 7)):
-        assert eval.pass_at_k(n, c, k) == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), abs=1e-14)
-    assert 0 < eval.pass_at_k(10**5, 3, 100) < 0.004                    # the binomials have 400 digits
+        assert pass_at_k(n, c, k) == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), abs=1e-14)
+    assert 0 < pass_at_k(10**5, 3, 100) < 0.004                    # the binomials have 400 digits
 
 
 PROBLEM = {"prompt": 'import math\n\n\ndef half(x):\n    return x / 2\n\n\n'
@@ -130,28 +137,28 @@ WRONG = {"wrong": "    return 3 * r * r\n", "leaves early": "    import sys\n   
 
 
 def test_programs():
-    programs = {name: eval.humaneval_program(PROBLEM, text) for name, text in {**RIGHT, **WRONG}.items()}
+    programs = {name: humaneval_program(PROBLEM, text) for name, text in {**RIGHT, **WRONG}.items()}
     assert all(programs.values())
     started = time.monotonic()
     expected = dict.fromkeys(RIGHT, True) | dict.fromkeys(WRONG, False)
-    assert {name: eval.passes(source) for name, source in programs.items()} == expected
+    assert {name: passes(source) for name, source in programs.items()} == expected
     assert time.monotonic() - started < 20
     for text in ("", "  \n", "I cannot.", "```python\nreturn (\n```", "    return '\ud800'", "    return 0\0"):
-        assert eval.humaneval_program(PROBLEM, text) is None
+        assert humaneval_program(PROBLEM, text) is None
 
 
 def test_generated_code_is_bounded_and_leaves_nothing():
     """Time, memory, file size; its own directory; no environment; its children end with it."""
     started = time.monotonic()
-    assert not eval.passes("while True: pass", seconds=0.5)
-    assert not eval.passes("import time; time.sleep(60)", seconds=0.5) and time.monotonic() - started < 5
-    assert not eval.passes("x = bytearray(6 << 30)")
-    assert not eval.passes("open('big', 'w').write('x' * (2 << 20))")
-    assert eval.passes("import os, sys\nassert os.listdir() == ['program.py'] and 'PATH' not in os.environ\n"
+    assert not passes("while True: pass", seconds=0.5)
+    assert not passes("import time; time.sleep(60)", seconds=0.5) and time.monotonic() - started < 5
+    assert not passes("x = bytearray(6 << 30)")
+    assert not passes("open('big', 'w').write('x' * (2 << 20))")
+    assert passes("import os, sys\nassert os.listdir() == ['program.py'] and 'PATH' not in os.environ\n"
                        "assert sys.flags.isolated and os.getcwd() != " + repr(os.getcwd()))
-    assert eval.passes("import time; print('x' * 10**6)")               # nobody reads it, nobody waits for a reader
+    assert passes("import time; print('x' * 10**6)")               # nobody reads it, nobody waits for a reader
     late = f"import time; time.sleep(1); open({os.getcwd() + '/late'!r}, 'w')"
-    assert eval.passes("import subprocess, sys\ntry:\n"
+    assert passes("import subprocess, sys\ntry:\n"
                        f"    subprocess.Popen([sys.executable, '-c', {late!r}])\nexcept OSError:\n    pass")
     time.sleep(1.5)
     assert os.listdir() == []
@@ -217,7 +224,7 @@ def test_verify_math_and_humaneval(capsys):
 
 
 def test_no_code_runs_unasked(monkeypatch):
-    monkeypatch.setattr(eval, "passes", None)
+    monkeypatch.setattr("benchmarks.verify.passes", None)
     write("h.jsonl", [{**PROBLEM, "output": BODY}])
     with pytest.raises(UserError, match="--allow-code-execution"):
         eval.main(["verify", "--task", "humaneval", "--answers", "h.jsonl"])
