@@ -169,8 +169,8 @@ def short_names(paths):
 def finished_runs(command, argv, needed):
     """[(directory, summary)] of the run directories in argv. needed: the keys that each summary must have."""
     if not argv or any(word.startswith("--") for word in argv):
-        raise run.UserError(f"{command} takes run directories and no flags: python eval.py {command} out/sppo "
-                            "[out/other ...]")
+        raise run.UserError(f"{command} takes run directories and no such flag: "
+                            f"python eval.py {command} out/sppo [out/other ...]")
     runs = []
     for name in argv:
         path = os.path.join(name, "summary.json")
@@ -196,16 +196,17 @@ def table_command(argv):
 def plot_command(argv):
     """The sub-command `plot`: one picture from the summaries of the named run directories."""
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: eval.py plot RUN_DIR...\n\n"
-              "One run: its curves.png is drawn again. Several: all their measures in one curves.png here.")
+        print("usage: eval.py plot RUN_DIR... [--seconds]\n\n"
+              "One run: its curves.png is drawn again. Several: a curves.png here, a colour for each method, runs that\n"
+              "differ in their seed as a band; against gradient steps, or with --seconds against time.")
         return
-    runs = []
-    for name, summary in finished_runs("plot", argv, ("evaluations",)):
+    directories, runs = [word for word in argv if word != "--seconds"], []
+    for name, summary in finished_runs("plot", directories, ("evaluations",)):
         log = os.path.join(name, "metrics.jsonl")
         metrics = [row for _, row in read_rows("the log", log)] if os.path.exists(log) else []
         runs.append((os.path.basename(os.path.normpath(name)), summary | {"metrics": metrics}))
-    path = os.path.join(argv[0], "curves.png") if len(argv) == 1 else "curves.png"
-    plots.plot(runs, path)
+    path = os.path.join(directories[0], "curves.png") if len(directories) == 1 else "curves.png"
+    plots.plot(runs, path, against="seconds" if "--seconds" in argv else "steps")
     print(f"wrote {path}")
 
 

@@ -1,4 +1,9 @@
-"""Pictures."""
+"""Pictures of runs: curves of one run or several, the triangle of styles, and who beats whom.
+
+Every picture explains itself at the width of a README column, 900 pixels: it is 9 inches wide at 100 pixels an inch, no
+text is smaller than 9 points there, and it is saved at twice that, for sharp screens. A dashed line is a control, drawn
+in the colour of the curve that it is to be compared with.
+"""
 
 import dataclasses
 import itertools
@@ -10,21 +15,27 @@ import run
 import winrate
 import world
 
+WIDTH = 9.0                                     # inches
+STYLE = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
+         "legend.fontsize": 9, "savefig.dpi": 200, "axes.grid": True, "grid.alpha": 0.3}
 
-def plot(runs, path):
-    """Draw the evaluations of one or several runs: [(name, summary dict)] -> a PNG at `path`. Runs of the intransitive
-    world become triangles, one each; of others, one run gets the panels that answer "did it learn?", several share all
-    panels. `metrics` in a summary: the rows of the run's metrics.jsonl, for the panels of what is logged in training.
+
+def plot(runs, path, against="steps"):
+    """Draw the evaluations of one or several runs, [(name, summary dict)], as a PNG at `path`.
+
+    Runs of the intransitive world become triangles, one each. Of others, one run gets the panels that answer "did it
+    learn?". Several are compared: one colour for each method, its runs (seeds) as a mean with a band from smallest to
+    largest, against gradient steps or `against` "seconds". `metrics` in a summary: the rows of the run's metrics.jsonl.
     """
     triangles = ["styles" in summary["evaluations"][0] for _, summary in runs]
     if any(triangles) != all(triangles):
         raise run.UserError("plot cannot put the intransitive world and another into one picture; plot them apart")
-    draw = _triangles if triangles[0] else _curves if len(runs) == 1 else _comparison
-    _save(lambda plt: draw(plt, runs), path)
+    draw = _triangles if triangles[0] else _one_run if len(runs) == 1 else _several
+    _save(lambda plt: draw(plt, runs, against) if draw is _several else draw(plt, runs), path)
 
 
 def plot_payoffs(figures, path):
-    """Draw cross_figures' dict: a heat map of who beats whom, the Nash mixture beside it -> a PNG at `path`."""
+    """Draw cross_figures' dict as a PNG at `path`: a heat map of who beats whom, the Nash mixture beside it."""
     _save(lambda plt: _heat_map(plt, figures), path)
 
 
@@ -33,125 +44,133 @@ def _save(draw, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = draw(plt)
-    run.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure = draw(plt)
+        run.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
 
 
-def _heat_map(plt, figures):
-    names, n, P = figures["players"], len(figures["players"]), torch.tensor(figures["payoff"])
-    size, spread = max(3.6, 0.8 * n), max(0.1, float((P - 0.5).abs().max()))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(size + 5, size + 1), layout="constrained", sharey=True,
-                                         width_ratios=(size, 2))
-    image = left.imshow(figures["payoff"], cmap="RdBu", vmin=0.5 - spread, vmax=0.5 + spread)
-    for i, j in itertools.product(range(n), repeat=2):
-        error = f"\n±{figures['payoff_se'][i][j]:.2f}" if i != j else ""
-        left.text(j, i, f"{P[i, j]:.2f}{error}", ha="center", va="center", fontsize=8,
-                  color="white" if abs(P[i, j] - 0.5) > 0.6 * spread else "black")
-    left.set_xticks(range(n), names, rotation=30, ha="right")
-    left.set_yticks(range(n), names)
-    left.set_title(f"how often the row beats the column\n{figures['prompts']} prompts, judge {figures['judge']}, "
-                   "± 1 s.e.", fontsize=10)
-    figure.colorbar(image, ax=left, shrink=0.8)
-    right.barh(range(n), figures["nash"], color="C2", height=0.5)
-    for i, (share, lost) in enumerate(zip(figures["nash"], figures["exploitability"])):
-        right.text(share + 0.03, i, f"{lost:.3f}", va="center", fontsize=8)
-    right.set(xlim=(0, 1.35), xticks=(0, 0.5, 1))
-    right.set_title("share in the Nash mixture\nbeside it: exploitability", fontsize=10)
-    right.tick_params(left=False, labelleft=False)
-    return figure
-
-
-def _triangles(plt, runs):
-    """The simplex of styles: every iterate, the running average of the iterates, and Nash's mixture."""
-    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 4.4), layout="constrained", squeeze=False)
-    for axis, (name, summary) in zip(axes[0], runs):
-        played, exact = winrate.played_styles(summary["evaluations"]), winrate.exact_styles(summary)
-        counts = torch.arange(1, len(played) + 1)[:, None]
-        axis.plot(*(corners[[0, 1, 2, 0]]).T, color="black", lw=0.8)
-        axis.plot(*(played @ corners).T, "o-", ms=2.5, lw=0.7, color="C0", alpha=0.7, label="iterates")
-        axis.plot(*(played.cumsum(0) / counts @ corners).T, "-", lw=2, color="C3", label="average so far")
-        if exact is not None:
-            mean = exact.cumsum(0) / counts[:len(exact)]
-            axis.plot(*(mean @ corners).T, "--", lw=1.2, color="black", label="average, exact updates")
-        axis.plot(*(torch.tensor(world.NASH_STYLES, dtype=torch.float64) @ corners)[:, None], "*", ms=13, color="C2",
-                  label="Nash equilibrium")
-        for corner, text, side in zip(corners.tolist(), ("style 0", "style 1", "style 2"), ("top", "top", "bottom")):
-            axis.text(*corner, text, ha="center", va=side, fontsize=8)
-        axis.set(title=f"{name} ({summary['method']}), {len(played) - 1} iterations", aspect="equal",
-                 xlim=(-0.1, 1.1), ylim=(-0.1, 0.98))
-        axis.axis("off")
-        axis.legend(fontsize=7, loc="upper left", frameon=False)
-    return figure
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
 
 
 @dataclasses.dataclass
 class Panel:
-    """One measure of a picture: its lines as {key of a row: (style, label)}, out of the evaluations or the metrics."""
+    """One measure of a picture. lines: {key of a row: label}. controls: {key: (key of the row "base, greedy", label)},
+    what the untrained base gets under that measure when it only decodes more sharply."""
     title: str
     lines: dict
-    logged: bool = False
+    controls: dict = dataclasses.field(default_factory=dict)
+    logged: bool = False                        # rows of metrics.jsonl instead of evaluations
 
 
-WIN_RATE = Panel("win rate against the base (± 1 s.e.)", {"win_rate_greedy": ("-", "greedy vs greedy"),
-                                                          "win_rate": (":", "sampled (T = 1)")})
-ACCURACY = Panel("share of test prompts answered exactly", {"accuracy_greedy": ("-", "greedy"),
-                                                            "accuracy_sampled": (":", "sampled (T = 1)")})
-LENGTH = Panel("answer length (tokens)", {"mean_length_greedy": ("-", "greedy"),
-                                          "mean_length": (":", "sampled (T = 1)")})
-CHALLENGER = Panel("the Challenger's queries (shares)", {"malformed": (":", "malformed"),
-                                                         "base_accuracy": ("-", "the base answers exactly")})
-# A KL is a mean over the policy's own samples; what SPPO logs is a mean over answers of pi_t: a log-ratio and no KL
-DISTANCE = Panel("distance from the reference (nats)", {
-    "kl_solver": ("-", "LSP: KL to the initial model, Solver"), "kl_challenger": (":", "LSP: the same, Challenger"),
-    "logratio_w": ("-.", "SPPO: log-ratio to pi_t, winners"), "logratio_l": ("--", "SPPO: the same, losers")
-}, logged=True)
+ACCURACY = Panel("test queries answered exactly",
+                 {"accuracy_greedy": "greedy", "accuracy_sampled": "sampled (T = 1)"},
+                 {"accuracy_sampled": ("accuracy_greedy", "untrained base, greedy")})
+WIN_RATE = Panel("win rate against the base",
+                 {"win_rate_greedy": "greedy against greedy", "win_rate": "samples against samples"},
+                 {"win_rate": ("win_rate", "untrained base, greedy")})
+LENGTH = Panel("answer length (tokens)", {"mean_length_greedy": "greedy", "mean_length": "sampled (T = 1)"})
+CHALLENGER = Panel("the Challenger's queries", {"base_accuracy": "answered by the initial model",
+                                                "malformed": "malformed"})
 
 
-def _curves(plt, runs):
-    """One run: accuracy where there is an oracle, else answer length; win rates; what an LSP Challenger asks."""
+def _one_run(plt, runs):
+    """Accuracy where there is an oracle, else answer length; win rates; what an LSP Challenger asks."""
     (_, summary), = runs
     rows = _iterates(summary)
+    sharp = next((row for row in summary["evaluations"] if row["name"] == "base, greedy"), {})
     panels = [ACCURACY if rows[0]["accuracy_greedy"] is not None else LENGTH, WIN_RATE]
-    panels += [CHALLENGER] * any("malformed" in r for r in rows)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", sharex=True)
-    x = [_number_in(r) for r in rows]
+    panels += [CHALLENGER] * any("malformed" in row for row in rows)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.5), layout="constrained", sharex=True)
+    x = [_number_in(row) for row in rows]
     for axis, panel in zip(axes, panels):
-        for key, (style, label) in panel.lines.items():
-            _line(axis, x, rows, key, color={"-": "C0", ":": "C1"}[style], ls=style, label=label)
-        _finish(axis, panel, [summary])
+        for k, (key, label) in enumerate(panel.lines.items()):
+            _line(axis, x, rows, key, color=f"C{k}", label=label)
+            control, what = panel.controls.get(key, (None, None))
+            if sharp.get(control) is not None:
+                axis.axhline(sharp[control], color=f"C{k}", lw=1, ls="--", label=what)
+        if panel in (LENGTH, CHALLENGER):                       # from 0, with room for the legend
+            axis.set_ylim(0, 1.3 * axis.dataLim.y1)
         axis.set(title=panel.title, xlabel=rows[-1]["name"].split()[0])
         if len(x) <= 8:
             axis.set_xticks(x, ["base", *x[1:]])
+        axis.legend(loc="lower right" if panel.controls else "upper right")
     return figure
 
 
-def _comparison(plt, runs):
-    """Several runs: a column for each measure that any of them has, one row against gradient steps and one against
-    seconds. A colour is a run, a line's style what is measured."""
-    summaries = [summary for _, summary in runs]
-    clocks = [_clocks(summary) for summary in summaries]
-    units = {"steps": "gradient steps" if all(s.get("metrics") for s in summaries) else "iteration or step"}
-    if all(clock["seconds"] for clock in clocks):
-        units["seconds"] = "seconds\n(logged, or steps spread over the run's phases)"
-    sources = [{True: s.get("metrics", []), False: _iterates(s)} for s in summaries]
-    found = {key for s in sources for rows in s.values() for row in rows for key in row if row[key] is not None}
-    panels = [panel for panel in (WIN_RATE, ACCURACY, LENGTH, DISTANCE, CHALLENGER) if found & panel.lines.keys()]
-    figure, axes = plt.subplots(len(units), len(panels), figsize=(4.2 * len(panels), 3.4 * len(units) + 0.5),
-                                layout="constrained", squeeze=False, sharey="col", sharex="row")
-    for (i, unit), (j, panel) in itertools.product(enumerate(units), enumerate(panels)):
-        for k, (source, clock) in enumerate(zip(sources, clocks)):
-            for key, (style, _) in panel.lines.items():
-                _line(axes[i, j], clock[unit][panel.logged], source[panel.logged], key, panel.logged,
-                      color=f"C{k % 10}", ls=style)
-        for style, label in (panel.lines[key] for key in panel.lines if key in found):
-            axes[i, j].plot([], [], color="0.3", ls=style, label=label)     # the legend of styles, in no run's colour
-        _finish(axes[i, j], panel, summaries, legend=i == 0)
-        axes[i, j].set(title=panel.title if i == 0 else None, xlabel=units[unit])
-    figure.legend([plt.Line2D([], [], color=f"C{k % 10}", lw=3) for k in range(len(runs))], [name for name, _ in runs],
-                  loc="outside lower center", ncols=min(6, len(runs)))
+# ---------------------------------------------------------------------------------------------------------------------
+# several runs
+
+
+GREEDY = Panel("test queries answered exactly (greedy)", {"accuracy_greedy": ""})
+HEAD_TO_HEAD = Panel("win rate, greedy against greedy", {"win_rate_greedy": ""})
+MALFORMED = Panel("malformed queries", {"malformed": ""})
+HARDNESS = Panel("queries that the initial model\nanswers (lower = harder)", {"base_accuracy": ""})
+LENGTHS = Panel("answer length (tokens, greedy)", {"mean_length_greedy": ""})
+# What SPPO logs is a mean over answers of pi_t: a log-ratio, and no KL
+LOG_RATIO = Panel("log-ratio of winners", {"logratio_w": ""}, logged=True)
+
+
+def _several(plt, runs, against):
+    """Three panels at most: what was learned, and what tells the methods apart."""
+    groups = _groups(runs)
+    found = {key for _, members in groups for summary in members
+             for row in [*_iterates(summary), *summary.get("metrics", [])] for key in row if row[key] is not None}
+    panels = [GREEDY if "accuracy_greedy" in found else LENGTHS]
+    panels += [MALFORMED, HARDNESS] if "malformed" in found else [HEAD_TO_HEAD, LOG_RATIO]
+    panels = [panel for panel in panels if found & panel.lines.keys()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.9), layout="constrained", squeeze=False)
+    for k, (label, members) in enumerate(groups):
+        for axis, panel in zip(axes[0], panels):
+            _band(axis, members, panel, against, color=f"C{k % 10}")
+    for axis, panel in zip(axes[0], panels):
+        axis.set(title=panel.title, xlabel="seconds" if against == "seconds" else "gradient steps")
+    figure.legend([plt.Line2D([], [], color=f"C{k % 10}", lw=3) for k in range(len(groups))],
+                  [label for label, _ in groups], loc="outside lower center", ncols=min(4, len(groups)))
     return figure
+
+
+def _groups(runs):
+    """[(label, summaries)]: runs that differ in their seed alone belong together."""
+    groups, passing = {}, ("seed", "out", "resume", "overwrite", "init")
+    for name, summary in runs:
+        settings = {key: value for key, value in summary.get("settings", {"name": name}).items() if key not in passing}
+        groups.setdefault((summary.get("method", name), repr(settings)), []).append((name, summary))
+    methods = [method for method, _ in groups]
+    labels = []
+    for (method, _), members in groups.items():
+        label = method if methods.count(method) == 1 else members[0][0]     # a method with two settings: by directory
+        labels.append(label + (f" ({len(members)} seeds)" if len(members) > 1 else ""))
+    return [(label, [summary for _, summary in members]) for label, members in zip(labels, groups.values())]
+
+
+def _band(axis, summaries, panel, against, color):
+    """The mean over runs of each of the panel's lines, and a band from the smallest to the largest."""
+    for key in panel.lines:
+        curves = [points for summary in summaries if (points := _points(summary, key, panel.logged, against))]
+        if not curves:
+            continue
+        if len({len(points) for points in curves}) > 1:             # runs of different lengths share no mean
+            for points in curves:
+                axis.plot(*zip(*points), color=color, lw=1)
+            continue
+        x = [sum(at for at, _ in column) / len(column) for column in zip(*curves)]
+        values = [[value for _, value in column] for column in zip(*curves)]
+        axis.plot(x, [sum(column) / len(column) for column in values], color=color, lw=1.8,
+                  marker=None if panel.logged or len(x) > 25 else "o", ms=3)
+        axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
+
+
+def _points(summary, key, logged, against):
+    """[(x, y)] of one run's key. What is logged at every step is averaged over at most 40 stretches: a line, and no
+    cloud."""
+    rows = summary.get("metrics", []) if logged else _iterates(summary)
+    clock = _clocks(summary)[against] or _clocks(summary)["steps"]
+    points = [(at, row[key]) for at, row in zip(clock[logged], rows) if row.get(key) is not None]
+    width = math.ceil(len(points) / 40) if logged else 1
+    stretches = [points[i:i + width] for i in range(0, len(points), max(1, width))]
+    return [tuple(sum(each) / len(stretch) for each in zip(*stretch)) for stretch in stretches]
 
 
 def _iterates(summary):
@@ -163,30 +182,13 @@ def _number_in(row):
     return 0 if row["name"] == "base" else int(row["name"].split()[-1])             # "iteration 2", "step 100"
 
 
-def _line(axis, x, rows, key, logged=False, **style):
-    """One key of the rows over x, with error bars where the rows hold them; rows without the key are left out. What is
-    logged at every step is averaged over at most 40 stretches of the run: a line, and no cloud."""
+def _line(axis, x, rows, key, **style):
+    """One key of the rows over x, with error bars where the rows hold them; rows without the key are left out."""
     points = [(at, row[key], row.get(key + "_se")) for at, row in zip(x, rows) if row.get(key) is not None]
-    if logged:
-        width = math.ceil(len(points) / 40) or 1
-        groups = [points[i:i + width] for i in range(0, len(points), width)]
-        points = [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g), None) for g in groups]
     if points:
         x, y, error = zip(*points)
-        axis.errorbar(x, y, None if None in error else error, capsize=3, elinewidth=0.8, lw=1.5,
-                      marker=None if logged else "o", ms=3.5, **style)
-
-
-def _finish(axis, panel, summaries, legend=True):
-    """Grid and legend; lengths from 0; and what sharpening alone wins: the base, greedy, against its own samples."""
-    sharp = {r["win_rate"] for s in summaries for r in s["evaluations"] if r["name"] == "base, greedy"}
-    for i, rate in enumerate(sorted(sharp) if panel is WIN_RATE else ()):
-        axis.axhline(rate, color="0.4", lw=0.8, ls="--", label="_" * (i > 0) + "untrained base, greedy, vs samples")
-    if panel is LENGTH:
-        axis.set_ylim(0, 1.25 * axis.dataLim.y1)
-    axis.grid(alpha=0.3)
-    if legend:
-        axis.legend(fontsize=7)
+        axis.errorbar(x, y, None if None in error else error, capsize=3, elinewidth=0.8, lw=1.8, marker="o", ms=4,
+                      **style)
 
 
 def _clocks(summary):
@@ -209,3 +211,75 @@ def _clocks(summary):
     seconds = {logged: [row.get("seconds", x * scale) for x, row in zip(xs, source)]
                for logged, xs, source in ((False, at, rows), (True, steps, metrics))}
     return {"steps": {False: at, True: steps}, "seconds": seconds if scale else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the intransitive world, and cross-play
+
+CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+
+
+def _triangles(plt, runs):
+    """The simplex of styles: every iterate from the start on, the running average, and the Nash mixture."""
+    wide = min(3, len(runs))
+    tall = math.ceil(len(runs) / wide)
+    figure, axes = plt.subplots(tall, wide, figsize=(WIDTH if wide > 1 else 5, 3.3 * tall + 0.6), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, summary) in zip(axes.flat, runs):
+        played, exact = winrate.played_styles(summary["evaluations"]), winrate.exact_styles(summary)
+        label = f"{summary['method']}, {len(played) - 1} iterations"
+        _triangle(axis, played @ CORNERS, None if exact is None else exact @ CORNERS)
+        axis.set_title(label if [s["method"] for _, s in runs].count(summary["method"]) == 1 else f"{name}: {label}")
+    handles = {}
+    for axis in axes.flat:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, 1 + wide),
+                  frameon=False)
+    return figure
+
+
+def _triangle(axis, played, exact):
+    """One run's path in the plane: played [T + 1, 2]; exact [T, 2], the same without sampling and regression."""
+    count = torch.arange(1, len(played) + 1)[:, None]
+    axis.plot(*CORNERS[[0, 1, 2, 0]].T, color="black", lw=0.8)
+    axis.plot(*played.T, "o-", ms=2.5, lw=0.8, color="C0", alpha=0.8, label="iterates")
+    for i in range(0, len(played) - 1, max(1, len(played) // 8)):              # which way it goes
+        axis.annotate("", played[i + 1].tolist(), played[i].tolist(),
+                      arrowprops={"arrowstyle": "-|>", "color": "C0", "lw": 0.8, "mutation_scale": 9})
+    axis.plot(*(played.cumsum(0) / count).T, "-", lw=2.2, color="C3", label="average so far")
+    if exact is not None:
+        axis.plot(*(exact.cumsum(0) / count[:len(exact)]).T, "--", lw=1.4, color="black",
+                  label="average, exact updates")
+    axis.plot(*played[0].tolist(), "s", ms=7, mfc="white", mec="black", label="start")
+    nash = torch.tensor(world.NASH_STYLES, dtype=torch.float64) @ CORNERS
+    axis.plot(*nash.tolist(), "*", ms=14, color="C2", label="Nash equilibrium")
+    for corner, text, shift in zip(CORNERS.tolist(), ("style 0", "style 1", "style 2"), ((0, -12), (0, -12), (0, 5))):
+        axis.annotate(text, corner, shift, textcoords="offset points", ha="center")
+    axis.set(aspect="equal", xlim=(-0.16, 1.16), ylim=(-0.16, 1.0))
+
+
+def _heat_map(plt, figures):
+    names, n, P = figures["players"], len(figures["players"]), torch.tensor(figures["payoff"])
+    size, spread = max(3.6, 0.8 * n), max(0.1, float((P - 0.5).abs().max()))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(size + 5, size + 1), layout="constrained", sharey=True,
+                                         width_ratios=(size, 2))
+    image = left.imshow(figures["payoff"], cmap="RdBu", vmin=0.5 - spread, vmax=0.5 + spread)
+    for i, j in itertools.product(range(n), repeat=2):
+        error = f"\n±{figures['payoff_se'][i][j]:.2f}" if i != j else ""
+        left.text(j, i, f"{P[i, j]:.2f}{error}", ha="center", va="center", fontsize=9,
+                  color="white" if abs(P[i, j] - 0.5) > 0.6 * spread else "black")
+    left.set_xticks(range(n), names, rotation=30, ha="right")
+    left.set_yticks(range(n), names)
+    left.grid(False)
+    left.set_title(f"how often the row beats the column\n{figures['prompts']} prompts, judge {figures['judge']}, "
+                   "± 1 s.e.")
+    figure.colorbar(image, ax=left, shrink=0.8)
+    right.barh(range(n), figures["nash"], color="C2", height=0.5)
+    for i, (share, lost) in enumerate(zip(figures["nash"], figures["exploitability"])):
+        right.text(share + 0.03, i, f"{lost:.3f}", va="center", fontsize=9)
+    right.set(xlim=(0, 1.35), xticks=(0, 0.5, 1))
+    right.set_title("share in the Nash mixture\nbeside it: exploitability")
+    right.tick_params(left=False, labelleft=False)
+    return figure
