@@ -197,8 +197,8 @@ def plot_command(argv):
     """The sub-command `plot`: one picture from the summaries of the named run directories."""
     if argv and argv[0] in ("-h", "--help"):
         print("usage: eval.py plot RUN_DIR... [--seconds]\n\n"
-              "One run: its curves.png is drawn again. Several: a curves.png here, a colour for each method, runs that\n"
-              "differ in their seed as a band; against gradient steps, or with --seconds against time.")
+              "One run: its curves.png is drawn again. Several: a curves.png here, a colour for each method, runs\n"
+              "that differ in their seed as a band; against gradient steps, or with --seconds against time.")
         return
     directories, runs = [word for word in argv if word != "--seconds"], []
     for name, summary in finished_runs("plot", directories, ("evaluations",)):
