@@ -606,12 +606,12 @@ def set_up(argv):
                                    "--reward reward:DIR_OR_HUB_ID too, which reads natural language")
     job.net.activation_checkpointing = args.activation_checkpointing
     job.ref = model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False)
-    if args.mode == "lsp":
-        job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
-                                               args.max_verdict_tokens, args.max_rows, args.seed, bool(args.world))
     if job.data is None:
         job.challenge = job.chat.encode(asked)
     check_room(job, test)
+    if args.mode == "lsp":
+        job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
+                                               args.max_verdict_tokens, args.max_rows, args.seed, bool(args.world))
     job.record = record = run.Run(args.out, args, args.resume, args.overwrite, rank)
     record.say(first_line(job))
     if test is None:
