@@ -1,18 +1,19 @@
 """Who judges, and how scores become preferences.
 
-A judge looks at one prompt and K responses to it and says which it likes. Four stand here:
+A judge looks at one prompt and K responses to it and says which it likes. Four can be named by --judge:
 
   oracle:WORLD  an embedded world's exact scorer (World.score): a reward in [0, 1]; `oracle` is that of operations
   styles        the intransitive world's: a preference over three styles that no reward could express
   pairrm:PATH   PairRM, a DeBERTa that reads the prompt and TWO responses at once and gives one logit for the pair
   reward:PATH   a reward model: a classifier with one label that reads the prompt and ONE response, and gives a number
 
-Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Two things are never mixed up:
+Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Three things are never mixed up:
 
   preference    P[b, i, j] in [0, 1], the probability that response i beats response j; P + P^T = 1, diagonal 1/2
   reward        one score per response; it becomes a preference through Bradley-Terry, and is then transitive
+  self_reward   LSP's mark 0..7 for a query and its answer, given by the policy's own initial model (SelfReward)
 
-From PairRM's raw logits M[i, j] (i on the left) to P there are two roads, `estimator`:
+PairRM's raw logits M[i, j] (i on the left) become P in one of two ways, `estimator`:
 
   pairwise      P_ij = sigmoid((M_ij - M_ji) / 2). Both orders are read, for M is not antisymmetric: the seat matters.
                 PairRM is trained with -log sigmoid(M), so half the difference is a calibrated logit. Cycles survive.
@@ -25,17 +26,18 @@ Where this departs from the official PairRM code (llm-blender), and why:
   - The prompt goes in raw, as PairRM was trained; the official SPPO code hands over the chat-templated one.
   - A prompt's length budget depends on that prompt alone, as in PairRM's own example code; llm-blender's ranking takes
     the longest prompt of the batch, so that a score there depends on its neighbours.
-  - "[SEP]" in a text becomes a space, as there; so do the four role markers, with which a response could pose as its
-    rival (self-play finds such holes).
+  - "[SEP]" in a text becomes a space, as there. So do the four role markers, with which a response could pose as its
+    rival: self-play finds such holes.
   - tokenizer.json is taken as stored: transformers 5 would give a DeBERTa tokenizer a normaliser of its own.
   - The head is float32 whatever the encoder's dtype is; the scripts give the encoder their own --dtype.
   - Plain DebertaV2Model, weights loaded key by key: llm-blender neither imports nor loads under transformers 5.
 
     judge = prefmodel.load("pairrm:llm-blender/PairRM", device="cuda", dtype=torch.bfloat16)
     P = judge.preference(["Name a prime."], [["7", "8", "It is 7."]])      # [1, 3, 3]
-    wins = phat(P)                                                         # [1, 3]
+    wins = kernels.phat(P)                                                 # [1, 3]
 """
 
+import dataclasses
 import glob
 import itertools
 import json
@@ -617,12 +619,23 @@ statement, and then the total between Score tags, for example:
 """
 
 
+@dataclasses.dataclass
+class Verdict:
+    """What the self-reward says of one query and answer."""
+    mark: float | None                  # 0..7, None where it cannot be read
+    wrong_sum: bool = False             # does its own calculation add up to another mark?
+    tokens: int = 0                     # how long it was
+
+
 class SelfReward:
     """R_Q of LSP: the frozen initial model's verdict 0..7 on a query and its answer.
 
-    For real models it writes one, under a rubric of seven points (SELF_REWARD_PROMPT). The embedded world's base has a
-    judge mode, trained on its ORACLE's labels (world.judge_label), so that there "data-free" means: no data beyond what
+    For real models it writes one, under a rubric of seven points (SELF_REWARD_PROMPT). An embedded world's base has a
+    judge mode, trained on its ORACLE's labels (World.judge_label), so that there "data-free" means: no data beyond what
     the base has seen.
+
+    how: "sample", a verdict is written; "expected", the mean of the score's distribution, without a justification.
+    rubric: a file with another text. Raises UserError where rubric or tokenizer do not allow it.
     """
 
     def __init__(self, ref, chat, how="sample", rubric="", max_verdict_tokens=256, max_rows=64, seed=0,
@@ -656,35 +669,39 @@ class SelfReward:
 
     @torch.no_grad()
     def score(self, queries, answers, step, shard=(0, 1)):
-        """(R_Q [N, G] float32, figures for metrics.jsonl). Each distinct pair of query and answer is judged once."""
+        """(R_Q [N, G] float32, figures for metrics.jsonl) of N queries and N lists of G answers. Each distinct pair of
+        query and answer is judged once; every rank judges its share."""
         rank, ranks = shard
-        pairs = list({(q, a): None for q, group in zip(queries, answers) for a in group})
+        pairs = list(dict.fromkeys((q, a) for q, group in zip(queries, answers) for a in group))
         mine = range(rank, len(pairs), ranks)
         prompts = [self.encode(*pairs[i]) for i in mine]
         if self.how == "expected":
-            verdicts = [(mark, False, 0) for mark in self.expected([p + self.start for p in prompts])]
+            verdicts = self.expected([prompt + self.start for prompt in prompts])
         else:
-            said = rollout.generate(self.ref, prompts, 1, self.max_verdict_tokens, stop_ids=self.chat.stop_ids,
-                                    seeds=[stream(self.seed, "verdicts", step) + i for i in mine],
-                                    max_rows=self.max_rows)
-            read = parse_digit if self.on_world else parse_verdict
-            verdicts = [(*read(self.chat.decode(group[0])), len(group[0])) for group in said.tokens]
+            verdicts = self.written(prompts, [stream(self.seed, "verdicts", step) + i for i in mine])
         verdicts = gather(verdicts, len(pairs))
-        marks = {pair: math.nan if mark is None else float(mark) for pair, (mark, _, _) in zip(pairs, verdicts)}
-        R_Q = torch.tensor([[marks[q, a] for a in group] for q, group in zip(queries, answers)])
-        return fill_unread(R_Q), {"unread_verdicts": sum(mark is None for mark, _, _ in verdicts) / len(pairs),
-                                  "wrong_sums": sum(wrong for _, wrong, _ in verdicts) / len(pairs),
-                                  "verdict_tokens": sum(length for _, _, length in verdicts) / len(pairs)}
+        mark_of = {pair: math.nan if v.mark is None else float(v.mark) for pair, v in zip(pairs, verdicts)}
+        R_Q = torch.tensor([[mark_of[q, a] for a in group] for q, group in zip(queries, answers)])
+        return fill_unread(R_Q), {"unread_verdicts": sum(v.mark is None for v in verdicts) / len(pairs),
+                                  "wrong_sums": sum(v.wrong_sum for v in verdicts) / len(pairs),
+                                  "verdict_tokens": sum(v.tokens for v in verdicts) / len(pairs)}
+
+    def written(self, prompts, seeds):
+        """Verdicts as the model writes them, one sample each: B lists of ids -> B Verdicts."""
+        said = rollout.generate(self.ref, prompts, 1, self.max_verdict_tokens, stop_ids=self.chat.stop_ids,
+                                seeds=seeds, max_rows=self.max_rows)
+        read = parse_digit if self.on_world else parse_verdict
+        return [Verdict(*read(self.chat.decode(ids)), len(ids)) for ids, in said.tokens]
 
     def expected(self, prompts):
-        """The mean score under the next token's distribution over 0..7: lists of ids -> as many floats. The rubric,
-        which they all begin with, is computed once for as many prompts as fit into a pass."""
-        marks, digits = [], torch.tensor(self.digits, device=self.ref.device)
+        """The mean score under the next token's distribution over 0..7: B lists of ids -> B Verdicts. The rubric, which
+        they all begin with, is computed once for as many prompts as fit into a pass."""
+        verdicts, digits = [], torch.tensor(self.digits, device=self.ref.device)
         for start in range(0, len(prompts), self.max_rows):
             hidden = model.prefill(self.ref, prompts[start:start + self.max_rows])[1]
             p = self.ref.logits(hidden)[:, digits].softmax(-1)                                          # [rows, 8]
-            marks += (p * torch.arange(8.0, device=p.device)).sum(-1).tolist()
-        return marks
+            verdicts += map(Verdict, (p * torch.arange(8.0, device=p.device)).sum(-1).tolist())
+        return verdicts
 
 
 def fill_unread(R_Q):
