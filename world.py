@@ -351,7 +351,8 @@ def base(world, device="cpu", root="out"):
     base (constants, tokens, the first rows of the corpus, the training below), so that whoever edits a world gets a
     base of their own, and whoever edits its training settings keeps the one there is."""
     rng = random.Random(0)
-    constants = {name: value for name, value in dataclasses.asdict(world).items() if not isinstance(value, dict)}
+    constants = {name: value for name, value in dataclasses.asdict(world).items()
+                 if name != "judge" and not isinstance(value, dict)}
     shape = (constants, world.vocabulary(), [world.corpus_row(rng) for _ in range(500)], inspect.getsource(train_base))
     key = hashlib.blake2b(repr(shape).encode(), digest_size=4).hexdigest()
     directory = os.path.join(root, f"world-{key}")

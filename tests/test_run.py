@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -65,6 +66,52 @@ def test_help_lists_every_field_with_its_default(capsys):
 @dataclasses.dataclass
 class WithPreset(Settings):
     preset: str = flag("", "several settings at once", ("fast", "slow"))
+
+
+@dataclasses.dataclass
+class Bounded:
+    """Flags with bounds: one of each kind."""
+    model: str = flag("", "needed", needed=True)
+    k: int = flag(5, "answers", at_least=2)
+    lr: float | None = flag(None, "decided at set-up", above=0)
+    top_p: float = flag(1.0, "nucleus", above=0, at_most=1)
+    warmup: float = flag(0.1, "share", at_least=0, at_most=1)
+    free: float = flag(0.0, "any finite number")
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({}, "--model is needed and was not given; --help says what it is"), ({"k": 1}, "--k 1 must be at least 2"),
+    ({"lr": 0.0}, "--lr 0.0 must be above 0"), ({"lr": -1e-3}, "--lr -0.001 must be above 0"),
+    ({"lr": float("inf")}, "--lr inf must be a finite number"), ({"free": float("nan")}, "--free nan must be a finite"),
+    ({"top_p": 0.0}, "--top-p 0.0 must be above 0 and at most 1"),
+    ({"top_p": 1.5}, "--top-p 1.5 must be above 0 and at most 1"),
+    ({"warmup": -0.1}, "--warmup -0.1 must be at least 0 and at most 1"), ({"warmup": float("nan")}, "--warmup nan")])
+def test_a_number_outside_its_bounds_is_one_sentence(settings, says):
+    given = {"model": "m", **settings} if settings else {}
+    with pytest.raises(UserError, match=re.escape(says)):
+        run.check(Bounded(**given))
+    words = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    with pytest.raises(UserError, match=re.escape(says)):
+        run.parse(Bounded, words, "")
+
+
+def test_numbers_at_their_bounds_pass():
+    run.check(Bounded("m", k=2, lr=1e-9, top_p=1.0, warmup=0.0, free=-7.0))
+    run.check(Bounded("m", lr=None, warmup=1.0))
+
+
+@dataclasses.dataclass
+class Derived(run.CommonSettings):
+    """A script's flags: its own, and those that both scripts have."""
+    rate: float | None = flag(None, "of learning", above=0)
+
+
+def test_help_shows_what_a_flag_is_where_it_is_not_given(capsys):
+    """Numbers stand once, in the tables of defaults; --help reads them from there. A script's own flags come first."""
+    with pytest.raises(SystemExit):
+        run.parse(Derived, ["--help"], "", defaults={"here": {"rate": 0.5, "other": 1}, "there": {"rate": 2e-3}})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of learning [here 0.5, there 0.002]" in text and text.index("--rate") < text.index("--seed")
 
 
 def test_a_flag_beside_a_preset_wins():
@@ -349,6 +396,87 @@ def test_a_state_that_would_run_code_is_not_loaded():
     with pytest.raises(UserError, match="UnpicklingError"):
         run.Run("r", Settings(), resume=True)
     assert not os.path.exists("trapped")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# long phases
+
+
+def in_chunks(made, count, size, stop_after=99):
+    """The rows of `count` numbers in chunks of `size`; notes every chunk in `made`, and dies after so many."""
+    def make(chunk, first):
+        if len(made) == stop_after:
+            raise KeyboardInterrupt
+        made.append((first, chunk))
+        return [{"number": number, "square": number * number} for number in chunk]
+
+    return run.in_chunks("rows.jsonl", list(range(count)), size, make)
+
+
+def test_an_interrupted_phase_loses_one_chunk():
+    whole = [{"number": n, "square": n * n} for n in range(11)]
+    made = []
+    assert in_chunks(made, 11, 4) == whole and [first for first, _ in made] == [0, 4, 8]
+    assert [json.loads(line) for line in open("rows.jsonl")] == whole
+    assert in_chunks([], 11, 4, stop_after=0) == whole                      # all of it is there: nothing is made again
+    os.remove("rows.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        in_chunks([], 11, 4, stop_after=2)
+    made = []
+    assert in_chunks(made, 11, 4) == whole and made == [(8, [8, 9, 10])]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_chunk_that_was_being_written_is_made_again(cut):
+    """Half a row goes, and so do the whole rows of its chunk: chunks always begin at the same places."""
+    whole = in_chunks([], 8, 4)
+    os.truncate("rows.jsonl", os.path.getsize("rows.jsonl") - cut)
+    made = []
+    assert in_chunks(made, 8, 4) == whole and [first for first, _ in made] == [4]
+    assert [json.loads(line) for line in open("rows.jsonl")] == whole
+
+
+def test_a_damaged_chunk_file_is_one_sentence():
+    with open("rows.jsonl", "w") as file:
+        file.write('{"number": 0}\n{"number":\n{"number": 2}\n{"number": 3}\n')
+    with pytest.raises(UserError, match="rows.jsonl is damaged; remove it"):
+        in_chunks([], 8, 4)
+
+
+def test_a_log_file_gets_a_line_each_minute(monkeypatch, capsys):
+    """stderr is no terminal here. A bar would fill a log file with itself; nothing at all looks like a hang."""
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    for _ in run.progress(range(10), desc="sampling"):
+        clock[0] += 25.0
+    with run.progress(desc="judging", total=300) as bar:
+        for _ in range(3):
+            clock[0] += 70.0
+            bar.update(100)
+        bar.set_postfix_str("fine", refresh=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "sampling: 3 of 10 after 1 min", "sampling: 6 of 10 after 2 min", "sampling: 9 of 10 after 4 min",
+        "judging: 100 of 300 after 1 min", "judging: 200 of 300 after 2 min", "judging: 300 of 300 after 4 min"]
+
+
+def test_a_loss_that_is_no_number_stops_a_run():
+    run.check_finite({"loss": 1.0, "grad_norm": 2.0}, "step 3", "out/iter-1")
+    for bad in ({"loss": float("nan"), "grad_norm": 1.0}, {"grad_norm": float("inf")}):
+        with pytest.raises(UserError, match=r"step 3: (loss|grad_norm) is (nan|inf); stopped.*out/iter-1.*--lr"):
+            run.check_finite(bad, "step 3", "out/iter-1")
+
+
+def test_what_was_begun_is_no_fresh_start(capsys):
+    """The message would be untrue: answers that were sampled before a kill are used."""
+    r = run.Run("r", Settings())
+    run.write_rows(r.path("state", "test.jsonl"), [{"prompt": "p"}])        # written before any work
+    run.Run("r", Settings(), resume=True)
+    assert "starting afresh" in capsys.readouterr().out
+    for begun in (r.path("state", "sampled-1.jsonl"), r.path("table-1.jsonl")):
+        run.write_rows(begun, [{"a": 1}])
+        run.Run("r", Settings(), resume=True)
+        assert "starting afresh" not in capsys.readouterr().out
+        os.remove(begun)
 
 
 def test_only_rank_0_writes(capsys):

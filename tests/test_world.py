@@ -279,6 +279,45 @@ def test_the_base_is_trained_once_and_named_by_its_constants(capsys):
     assert world.base(small, root="cache") == first and capsys.readouterr().out == ""
 
 
+def test_training_settings_do_not_retrain_the_base_but_another_language_does():
+    """An entry of the registry holds both; only what shapes the base is in its name."""
+    small = dataclasses.replace(world.OPERATIONS, steps=1, width=16, layers=1, mlp=32, batch=4)
+    first = world.base(small, root="cache")
+    assert world.base(dataclasses.replace(small, sppo={"iterations": 9}, lsp={}, judge="x"), root="cache") == first
+    ops = world.OPS | {"drop": lambda s: s[1:] or s}
+    for other in (dataclasses.replace(small, ops=ops), dataclasses.replace(small, corrupt=0.4),
+                  dataclasses.replace(small, ops=world.OPS | {"copy": lambda s: s + s})):
+        assert world.base(other, root="cache") != first
+
+
+@pytest.mark.parametrize("name", world.WORLDS)
+def test_an_entry_of_the_registry_is_a_whole_world(name):
+    """Judge, queries in disjoint parts, and a setting for every flag that has none by itself."""
+    import lsp
+    import prefmodel
+    import sppo
+
+    entry = world.WORLDS[name]
+    assert prefmodel.world_of(entry.judge) is entry
+    assert prefmodel.load(entry.judge).preference(["copy:ab"], [["ab", "b"]])[0, 0, 0] == 0.5
+    validation, test, parts = entry.divide(2, 30, 20, 25, 0)
+    assert [len(x) for x in (validation, test, *parts)] == [20, 25, 30, 30]
+    assert len({*validation, *test, *parts[0], *parts[1]}) == 105
+    assert entry.divide(2, 30, 20, 25, 1)[:2] == (validation, test)         # whatever the seed
+    for loss in sppo.LOSSES:
+        settled = sppo.settle(sppo.Settings(world=name, loss=loss))
+        size = {"eta", "beta"} - entry.sppo_loss[loss].keys()
+        assert {field for field, value in dataclasses.asdict(settled).items() if value is None} == size
+    for pay in entry.lsp_reward if entry.lsp else ():
+        flags = {"mode": "grpo"} if pay == "grpo" else {"challenger_reward": pay}
+        assert None not in dataclasses.asdict(lsp.settle(lsp.Settings(world=name, **flags))).values()
+
+
+def test_a_part_of_a_world_that_has_no_end_of_queries():
+    with pytest.raises(ValueError, match="a million queries"):
+        world.OPERATIONS.divide(3, 10**6, 1, 1, 0)
+
+
 def test_the_base_is_reproducible():
     small = world.World(steps=3, width=16, layers=1, mlp=32, batch=4)
     for name in ("a", "b"):
