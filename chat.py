@@ -301,8 +301,8 @@ def read_template(flag, path, default, known, needed=None):
 
 
 def shortened(text, fits):
-    """`text`, cut on the right, a tenth at a time, until fits(text): for what the Solver or a judge has to read and is
-    too long for them."""
+    """`text`, cut on the right, a tenth at a time, until fits(text): for texts that are too long for the Solver or a
+    judge."""
     while text and not fits(text):
         text = text[:len(text) - max(1, len(text) // 10)]
     return text

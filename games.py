@@ -5,7 +5,7 @@ update (4.1) is multiplicative weights on such a game, whose strategies are all 
 algorithm does without sampling, regression and a network can be computed here to the last digit: what its theorem
 promises (the average of the iterates approaches the Nash equilibrium) and what it leaves open (the last iterate).
 
-    python games.py              the theorem's bound, the average and the last iterate on three games, in a second
+    python games.py              the theorem's bound, the average and the last iterate on three games
 """
 
 import itertools
@@ -59,7 +59,8 @@ def nash(P, tolerance=1e-4, eta=0.5):
     """A mixture [n] whose duality gap in P is at most `tolerance`, by averages of optimistic multiplicative weights.
 
     From the uniform mixture, so that equal strategies get equal shares; each round starts at the last one's average and
-    takes twice its steps. (2,000 prompts know P to .01: two that are closer than that can trade all their share.)
+    takes twice its steps. (2,000 prompts know P to .01. For two strategies closer than that, a tiny change in
+    P can move the whole share from one to the other.)
 
     >>> nash([[0.5, 0.75], [0.25, 0.5]]).round(decimals=2)                      # the first beats the second
     tensor([1., 0.], dtype=torch.float64)
@@ -151,6 +152,7 @@ def _show(argv):
                     ("a random game of 8", random_game(8, 0))):
         n = len(P)
         print(f"{name}; Nash equilibrium {' '.join(f'{p:.3f}' for p in nash(P).tolist())}\n"
+              "duality gaps (0 at Nash) after T steps of (4.1) at eta = sqrt(8 ln n / T): bound, average, last\n"
               f"{'T':>6s} {'bound':>8s} {'average':>8s} {'last':>8s}   {'optimistic, eta 0.5: average':>28s} "
               f"{'last':>8s}")
         start = torch.rand(n, generator=torch.Generator().manual_seed(1)).softmax(0)    # not the uniform one: there

@@ -37,8 +37,8 @@ Deviations from the paper, each with its reason:
   - off by default: --challenger-reward spread and frontier pay for queries on which the Solver's answers differ (their
     standard deviation) or succeed about half the time (-|V - 1/2|), instead of those it always fails. `frontier` is the
     reward of R-Zero (arXiv 2508.05004), min(V, 1 - V), less 1/2, without its penalty for repeated questions
-  - a query that is empty or was cut is played as it is, and counted: speaking against it is the self-reward's business
-  - what "data-free" means in an embedded world: its base's judge mode was trained on the oracle's labels
+  - a query that is empty or was cut is played as it is, and counted: only the self-reward counts against it
+  - embedded worlds are not wholly data-free: their base's judge mode was trained on the oracle's labels
 
     python lsp.py                                          # the embedded world, minutes on a CPU
     python lsp.py --mode lsp-zero --out out/lsp-zero
@@ -72,13 +72,12 @@ from run import flag
 # What a setting is when its flag is not given and real models play: Table 1's, and where the paper is silent what the
 # docstring says. What it is in an embedded world stands in the world's entry; a world without a Challenger has none.
 REAL = dict(steps=1000, queries=8, answers=8, beta=0.05, alpha_ch=1.0, reward_scale=1.0, self_reward="sample",
-            lr=3e-6, warmup=0,
-            max_query_tokens=512, max_new_tokens=1024, max_verdict_tokens=256, micro_batch=1, max_rows=64,
-            test_prompts=256, eval_every=100, print_every=1)
+            lr=3e-6, warmup=0, max_query_tokens=512, max_new_tokens=1024, max_verdict_tokens=256, micro_batch=1,
+            max_rows=64, test_prompts=256, eval_every=100, print_every=1)
 PLAYABLE = tuple(name for name, entry in world.WORLDS.items() if entry.lsp)
 
-# Section 4 of the paper; `lr` is 3e-6 for both games and 1e-6 for GRPO. N 8 = batch 4 x accumulation 2. Of its other
-# task for the Challenger it says: --task "Pure & Applied Mathematics".
+# Section 4 of the paper; what it leaves open is REAL's. `lr` is 3e-6 for both games and 1e-6 for GRPO. N 8 = batch 4 x
+# accumulation 2. Of its other task for the Challenger it says: --task "Pure & Applied Mathematics".
 PRESETS = {"paper": dict(
     model="meta-llama/Llama-3.2-3B-Instruct", reward="reward:Skywork/Skywork-Reward-V2-Llama-3.2-3B", queries=8,
     answers=8, beta=0.05, alpha_ch=1.0, reward_scale=1.0, micro_batch=4, warmup=0, self_reward="sample",
@@ -190,9 +189,10 @@ def main(argv):
         before = dict(record.seconds)
         # -- sample: both parts are the same network under two prompts, so whatever one learns, the other has ---------
         with record.phase("sample"):
-            game = play(net, job.chat, args, step, job.challenge, job.data and job.data[step], job.shard)
+            data = job.data[step] if job.data else None
+            game = play(net, job.chat, args, step, job.challenge, data, job.shard)
 
-        # -- judge: R from the judge, R_Q from the frozen initial model; then who did better than expected ------------
+        # -- judge: R from the judge, R_Q from the frozen initial model; then who did better than the group's mean ----
         with record.phase("judge"):
             R = rewards(job.judge, game, args, job.shard)                                           # [N, G]
             R_Q, verdicts = None, {}
@@ -203,7 +203,7 @@ def main(argv):
         # -- reference: how far each sequence has become likelier than under pi_Ref, for the KL term ------------------
         with record.phase("reference"):
             ratio_sol = reference_ratios(job.ref, game.prompts, game.answer_ids, game.logp, args, job.shard)
-            ratio_ch = None                     # where the queries come from data nobody is the Challenger
+            ratio_ch = None                     # where queries come from data there is no Challenger to train
             if job.challenge is not None:
                 ratio_ch = reference_ratios(job.ref, [job.challenge], [game.query_ids], game.logp_q, args, job.shard)
 
@@ -214,7 +214,9 @@ def main(argv):
                                  job.shard)
         bar.update()
         metrics = step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args)
-        metrics |= {**verdicts, "grad_norm": norm, "lr": lr, "tokens_per_second": speeds(game, before, record.seconds)}
+        metrics |= {**verdicts, "grad_norm": norm, "lr": lr, "tokens_per_second": {
+            name: round(game.tokens / (record.seconds[name] - before.get(name, 0)))
+            for name in ("sample", "judge", "reference", "train")}}
         record.write("metrics.jsonl", {"step": step + 1, **metrics})
         run.check_finite(metrics, f"step {step + 1}", last_checkpoint(job))
 
@@ -252,8 +254,8 @@ class Query:
 class Game:
     """One step's play, whole on every rank: N queries with G answers each, a list or tensor for every quantity.
 
-    Nothing is thrown away: an empty or a cut query is played as it is, and counted. It is the self-reward's business to
-    speak against it.
+    Nothing is thrown away: an empty or a cut query is played as it is, and counted. Only the self-reward counts against
+    it.
     """
 
     def __init__(self, plays):
@@ -355,7 +357,7 @@ def advantages(R, R_Q, args):
 # loss, step
 
 
-def coefficient(advantage, logratio, beta, kl):
+def loss_coefficient(advantage, logratio, beta, kl):
     """What multiplies grad log pi of each sequence in the loss: advantage and logratio = log pi/pi_Ref, any one shape.
 
     As the sample comes from pi itself, pi/sg(pi) is 1 and its gradient is grad log pi; and each form of the KL term has
@@ -413,7 +415,7 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
     """
     (N, G), (rank, ranks) = A_sol.shape, shard
     lengths = [len(a) for group in game.answer_ids for a in group]
-    coef = coefficient(A_sol, ratio_sol, args.beta, args.kl) * token_weights(lengths, args.normalise,
+    coef = loss_coefficient(A_sol, ratio_sol, args.beta, args.kl) * token_weights(lengths, args.normalise,
                                                                        args.max_new_tokens).view(N, G)
     mine = range(rank, N, ranks)
     for k in range(0, len(mine), args.micro_batch):
@@ -422,7 +424,7 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
                     ranks / (N * G))
         optimizer.collect()
     if challenge is not None and args.alpha_ch:
-        coef = coefficient(A_ch, ratio_ch, args.beta, args.kl)
+        coef = loss_coefficient(A_ch, ratio_ch, args.beta, args.kl)
         coef = coef * token_weights([len(q) for q in game.query_ids], args.normalise, args.max_query_tokens)
         for k in range(0, len(mine), args.micro_batch):
             part = mine[k:k + args.micro_batch]
@@ -460,6 +462,8 @@ def figures_of(step, job):
 def restored(net, optimizer, record):
     """Loads what an interrupted run had saved; returns the number of steps that it had made."""
     state = record.training_state(0)
+    if record.state is None and record.resumed:
+        record.say("no state was saved yet: training starts at step 1")
     if "weights" in state:
         net.load_state_dict(state.pop("weights"))
         optimizer.load_state_dict(state.pop("optimizer"))
@@ -470,12 +474,6 @@ def last_checkpoint(job):
     """The last one that was saved, else the initial model."""
     name = job.board.rows[-1]["name"].replace(" ", "-")
     return job.record.path(name) if name.startswith("step") else job.base
-
-
-def speeds(game, before, after):
-    """Sampled tokens over each phase's seconds in this step."""
-    return {name: round(game.tokens / (after[name] - before.get(name, 0)))
-            for name in ("sample", "judge", "reference", "train")}
 
 
 def write_samples(step, game, R, R_Q, record, args):
@@ -613,7 +611,9 @@ def set_up(argv):
         job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
                                                args.max_verdict_tokens, args.max_rows, args.seed, bool(args.world))
     job.record = record = run.Run(args.out, args, args.resume, args.overwrite, rank)
-    record.say(first_line(job))
+    record.say(f"{method(args)} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {job.base}; "
+               f"{args.steps} steps of {args.queries} queries x {args.answers} answers, beta {args.beta:g}, alpha_ch "
+               f"{args.alpha_ch:g}, lr {args.lr:g}; writing to {args.out}")
     if test is None:
         kept = record.path("state", "test.jsonl")
         test = (read_prompts(kept) if args.resume and os.path.exists(kept)
@@ -645,22 +645,17 @@ def check_room(job, test):
                             f"of {chat.context} tokens; lower it")
 
 
-def first_line(job):
-    """What a command is about to do, in one printed line."""
-    args, ranks = job.args, job.shard[1]
-    return (f"{method(args)} on {job.device} ({str(job.dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {job.base}; "
-            f"{args.steps} steps of {args.queries} queries x {args.answers} answers, beta {args.beta:g}, alpha_ch "
-            f"{args.alpha_ch:g}, lr {args.lr:g}; writing to {args.out}")
-
-
 def settle(args):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
-    spoken = prefmodel.world_of(args.reward) if args.reward else world.WORLDS[args.world or "operations"]
+    reward = args.reward or prefmodel.judge_of(args.world or "operations")
+    spoken = prefmodel.world_of(reward)
     name = next((name for name, entry in world.WORLDS.items() if entry is spoken), "")
     if args.world and args.world != name:
         raise run.UserError(f"--world {args.world} is judged by its own oracle; leave --reward {args.reward} out, or "
                             "--world")
-    args = dataclasses.replace(args, world=name, reward=args.reward or spoken.judge)
+    if spoken and not spoken.lsp:
+        raise run.UserError(f"--reward {reward} is of a world without a Challenger; leave it out, or give another")
+    args = dataclasses.replace(args, world=name, reward=reward)
     if args.gradient_accumulation > 0 and args.micro_batch not in (None, PRESETS.get(args.preset, {}).get(
             "micro_batch")):
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
@@ -668,7 +663,10 @@ def settle(args):
     check_models(args)
     defaults = REAL | ({"lr": 1e-6} if args.mode == "grpo" else {})
     if name:
-        defaults = spoken.lsp | spoken.lsp_reward["grpo" if args.mode == "grpo" else args.challenger_reward]
+        paid = "grpo" if args.mode == "grpo" else args.challenger_reward
+        if paid not in spoken.lsp_reward:
+            raise run.UserError(f"--world {name} has no settings for {paid}; add them to lsp_reward in world.WORLDS")
+        defaults = spoken.lsp | spoken.lsp_reward[paid]
     if args.gradient_accumulation > 0:
         passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         args = dataclasses.replace(args, micro_batch=math.ceil((args.queries or defaults["queries"]) / passes))
@@ -703,8 +701,9 @@ def check_models(args):
         raise run.UserError("--model and --init both say where to start; give one of them")
     for name in ("task", "template", "challenger_prompt", "self_reward_prompt") if args.world else ():
         if getattr(args, name):
-            raise run.UserError(f"--{name.replace('_', '-')} is for real models; an embedded world's has modes "
-                                "instead (give --model and --reward reward:DIR_OR_HUB_ID, or leave it out)")
+            raise run.UserError(f"--{name.replace('_', '-')} is for real models; an embedded world's base has fixed "
+                                "modes instead of prompts (give --model and --reward reward:DIR_OR_HUB_ID, or leave it "
+                                "out)")
     if not args.world and not args.model and not args.init:
         raise run.UserError(f"--reward {args.reward} reads natural language: give --model DIR_OR_HUB_ID too")
     if not args.world and args.mode == "grpo" and not args.prompts:

@@ -15,7 +15,7 @@ Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Three t
 
 PairRM's raw logits M[i, j] (i on the left) become P in one of two ways, `estimator`:
 
-  pairwise      P_ij = sigmoid((M_ij - M_ji) / 2). Both orders are read, for M is not antisymmetric: the seat matters.
+  pairwise      P_ij = sigmoid((M_ij - M_ji) / 2). Both orders are read: M is not antisymmetric.
                 PairRM is trained with -log sigmoid(M), so half the difference is a calibrated logit. Cycles survive.
   aggregate     s_i = mean_j (M_ij - M_ji), P_ij = sigmoid(s_i - s_j): what the official SPPO code does. Each response
                 gets one number, so the result is transitive by construction: a judge that prefers a to b, b to c and
@@ -81,10 +81,20 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
 
 
 def world_of(spec):
-    """The embedded world whose own judge `spec` is, or None: such a judge reads nothing but that world's language."""
-    if spec == "oracle:operations":
-        spec = "oracle"
-    return next((entry for entry in world.WORLDS.values() if entry.judge == spec), None)
+    """The embedded world that a judge is at home in, or None: such a judge reads nothing but that world's language."""
+    kind, _, name = spec.partition(":")
+    name = name or {"oracle": "operations", "styles": "intransitive"}.get(kind)
+    return world.WORLDS.get(name) if kind in WORLD_JUDGES else None
+
+
+def judge_of(name):
+    """The judge of the embedded world `name`, as --judge would spell it. Raises UserError for an entry of the registry
+    whose judge is at home in another world."""
+    spec = world.WORLDS[name].judge
+    if world_of(spec) is not world.WORLDS[name]:
+        raise UserError(f'--world {name} has judge="{spec}", which is another world\'s; give its entry in world.WORLDS '
+                        f'judge="oracle:{name}"')
+    return spec
 
 
 # ---------------------------------------------------------------------------------------------------------------------

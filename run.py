@@ -284,13 +284,13 @@ def progress(iterable=None, desc="", total=None):
 
 
 class _Lines:
-    """What a log file shows instead of a bar; it has those of tqdm's methods that are used here."""
-    SECONDS = 60
+    """What a log file shows instead of a bar; it has those of tqdm's methods that are used here. A long phase may be
+    many short bars, so the minute is counted from the last line of any of them."""
+    SECONDS, last = 60, STARTED
 
     def __init__(self, iterable, desc, total):
         self.iterable, self.desc, self.done = iterable, desc, 0
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-        self.start = self.last = time.perf_counter()
 
     def __iter__(self):
         for item in self.iterable:
@@ -299,9 +299,9 @@ class _Lines:
 
     def update(self, count=1):
         self.done, now = self.done + count, time.perf_counter()
-        if now - self.last >= self.SECONDS:
-            self.last = now
-            print(f"{self.desc}: {self.done} of {self.total} after {(now - self.start) / 60:.0f} min",
+        if now - _Lines.last >= self.SECONDS:
+            _Lines.last = now
+            print(f"{self.desc}: {self.done} of {self.total}, {(now - STARTED) / 60:.0f} min since the start",
                   file=sys.stderr, flush=True)
 
     def set_postfix_str(self, text, refresh=True):
@@ -336,6 +336,20 @@ def write_atomically(path, write):
             os.replace(aside, path)
         for left in (temporary, aside):
             remove(left)
+
+
+def tidy(directory):
+    """Clear what a kill left in the middle of `write_atomically`: a half-written file goes, and an old directory that
+    had stepped aside for a new one comes back where the new one has not arrived."""
+    inside = os.path.join(glob.escape(directory), "**")
+    for left in glob.glob(os.path.join(inside, "*.tmp-*"), recursive=True):
+        remove(left)
+    for left in glob.glob(os.path.join(inside, "*.old-*"), recursive=True):
+        path = left[:left.rindex(".old-")]
+        if os.path.exists(path):
+            remove(left)
+        else:
+            os.replace(left, path)
 
 
 def remove(path):
@@ -406,6 +420,7 @@ def in_chunks(path, items, size, make, rank=0):
         if rank == 0:
             with open(path, "ab") as file:
                 file.truncate(sum(len(line) + 1 for line in lines[:whole]))
+    barrier()                                               # nobody goes on, and removes it, before all have read it
     for first in range(len(rows), len(items), size):
         made = make(items[first:first + size], first)
         rows += made
@@ -478,7 +493,7 @@ class Run:
     JOURNALS = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, out, settings, resume=False, overwrite=False, rank=0):
-        self.out, self.rank, self.seconds, self.state = str(out), rank, {}, None
+        self.out, self.rank, self.resumed, self.seconds, self.state = str(out), rank, resume, {}, None
         self.before = 0.0           # wall-clock seconds of the sessions that this one resumes
         if rank == 0:
             try:
@@ -500,8 +515,7 @@ class Run:
         """Make the directory."""
         a_run = check_out(self.out, settings, resume, overwrite)
         if a_run and resume:
-            for left in glob.glob(self.path("**", "*.tmp-*"), recursive=True) + glob.glob(self.path("*.old-*")):
-                remove(left)  # what a kill left behind in the middle of a rename
+            tidy(self.out)
         elif a_run:
             shutil.rmtree(self.out)
         os.makedirs(self.path("state"), exist_ok=True)

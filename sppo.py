@@ -24,22 +24,26 @@ Deviations from the paper, each with its reason:
     with the run's own judge; the test prompts play no part in any choice. With one epoch, the default for real
     prompts, there is one candidate and the figure only reports. --keep last makes no choice
   - best and worst are by Phat, the quantity the loss is about, also where PairRM's aggregate score would differ
-  - prompts whose K answers all tie stay in (p = 1/2, target 0: hold still), so that a part's size does not depend on
+  - prompts whose K answers all tie stay in (p = 1/2, so their target is 0), so that a part's size does not depend on
     the judge
   - the learning-rate schedule spans an iteration's own epochs; --schedule-epochs 18 gives the paper's, which schedules
-    18 and keeps the first one's result
+    18 and keeps the first one's result, still warming up, at .56 of the peak rate
   - optimizer state starts afresh in each iteration, and pi_{t+1} is what its checkpoint holds: in bfloat16 the float32
     masters end with the iteration, as in the official code, whose iterations are separate runs
   - IPO's margin is 1/(2 beta), as in its own paper (arXiv 2310.12036) and in TRL; SPPO's (4.14) has 1/beta
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
-Deviations from the official code: sampling T = 1 and top_p = 1 as in the paper (the code's .7 and .9 come with
---preset); --estimator pairwise keeps the judge's cycles (the code's, `aggregate`, comes with --preset); PairRM reads
-the raw prompt, not the chat-templated one; answers up to 1,024 tokens (with --preset prompt and answer together);
-sampled ids are never decoded and re-encoded, so no template is cut apart, no BOS doubled, and an answer cut at the
-length limit gets no end token that the model did not write; test and validation prompts never come from the training
-prompts; an over-long prompt is refused or, with --drop-long-prompts, left out and counted, never truncated.
+Deviations from the official code (--preset takes its settings):
+  - sampling at T = 1 and top_p = 1 as in the paper; the code has .7 and .9 (with --preset)
+  - --estimator pairwise keeps the judge's cycles; the code's, `aggregate`, comes with --preset
+  - PairRM reads the raw prompt, as it was trained to, not the chat-templated one
+  - sampled ids are trained on as they are, never decoded and encoded again: no prompt is cut at the word "None", the
+    assistant's header is no part of the answer, there is one BOS and one end of turn, and a cut answer gets no end
+  - answers have up to 1,024 tokens; the code samples 2,048 and cuts prompt and answer together to 1,024. With --preset
+    sampling stops there
+  - an over-long prompt is refused or, with --drop-long-prompts (in the presets), left out and counted, not truncated
+  - validation and test prompts never train; the code's "test" rows are drawn from its training data
 
     python sppo.py                                  # the embedded world, minutes on a CPU
     python sppo.py --loss dpo --out out/dpo         # a baseline
@@ -80,8 +84,8 @@ PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e
 LOSSES = tuple(PAPER_LOSS)
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
-# --schedule-epochs 18 --temperature 1 --top-p 1. Where 512 + 1,024 stood, the code truncates and loses the end token;
-# here a longer prompt is dropped and counted, and sampling stops at 1,024 tokens in all.
+# --schedule-epochs 18 --temperature 1 --top-p 1. The official code truncates prompts to 512 tokens and the whole to
+# 1,024, which loses the end token. Here longer prompts are dropped and counted, and sampling stops at 1,024 in all.
 RELEASED = dict(
     judge="pairrm:llm-blender/PairRM", estimator="aggregate",
     prompts=",".join(f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{t}" for t in (1, 2, 3)), iterations=3,
@@ -189,14 +193,17 @@ def main(argv):
         return one_phase(job)
     evaluations = evaluated(0, job)             # the base, which every later model is compared with
     for t in range(1, job.args.iterations + 1):
-        if not os.path.exists(job.pi(t + 1)):
+        if not os.path.exists(job.pi_path(t + 1)):
             # K answers of pi_t to every prompt of part t. They are drawn anew in each iteration, from the very policy
             # that is about to change: that makes it self-play, and not learning from a fixed set of preferences.
             rows = sampled(t, job)
             # P(y_i > y_k | x) for all pairs, so that Phat compares every answer with pi_t itself, as (4.1) asks.
             rows = judged(t, rows, job)
+            # The best and the worst answer to each prompt, or all K, with their Phats.
+            examples, statistics = picked(t, rows, job)
+            rows = None                         # their texts are not needed any more: a gigabyte for 100,000 answers
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
-            trained(t, rows, job)
+            trained(t, examples, statistics, job)
         evaluations = evaluated(t, job)
     finish(evaluations, job)
 
@@ -204,32 +211,30 @@ def main(argv):
 def one_phase(job):
     """--stage: one phase of one iteration. The phases before it find their results on disk and read them."""
     t, stage = job.args.iteration, job.args.stage
-    if stage == "train" and chooses(job.args):              # what the epochs will be chosen by
-        job.board.draw_base(job.policy(job.base), "validation")
+    if stage == "train" and chooses(job.args):  # the answers that every epoch is compared with
+        job.board.draw_base(job.network(job.base), "validation")
     rows = sampled(t, job)
     if stage != "sample":
         rows = judged(t, rows, job)
     if stage == "train":
-        trained(t, rows, job)
+        trained(t, *picked(t, rows, job), job)
     made, after = {"sample": (f"table-{t}.jsonl", "next: the same flags with --stage judge"),
                    "judge": (f"table-{t}.jsonl", "next: the same flags with --stage train"),
                    "train": (f"iter-{t}", "compare it with eval.py winrate")}[stage]
     job.record.say(f"wrote {job.record.path(made)}; {after}")
 
 
-def trained(t, rows, job):
-    """Phase `train` of iteration t: loss and step on the judged rows, until the checkpoint iter-t holds pi_{t+1}."""
+def trained(t, examples, statistics, job):
+    """Phase `train` of iteration t: loss and step on the picked answers, until the checkpoint iter-t holds pi_{t+1}."""
     args, record = job.args, job.record
-    examples, statistics = training_examples(rows, job.chat, args, job.rank)
-    announce(t, rows, len(examples), statistics, record)
     # pi_t is two things at once: where training starts, and the reference that log-ratios are taken against. So its
     # log-probabilities are computed first, before any weight moves.
-    net = job.take(job.pi(t))
+    net = job.take(job.pi_path(t))
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
     # The optimizer starts afresh too: its moments belong to another regression.
     optimizer = kernels.Optimizer(net.parameters(), args.optimizer, args.weight_decay)
-    if "weights" in state:
+    if "weights" in state:                      # --resume in the middle of this iteration
         net.load_state_dict(state.pop("weights"))
         optimizer.load_state_dict(state.pop("optimizer"))
 
@@ -251,21 +256,24 @@ def trained(t, rows, job):
             metrics = gradient_step(net, optimizer, batch, args, lr, job.shard)
         bar.update()
         # Stop on a loss that is no number, before a checkpoint is spoilt by it.
-        run.check_finite(metrics, f"iteration {t}, step {step + 1}", job.pi(t))
+        run.check_finite(metrics, f"iteration {t}, step {step + 1}", job.pi_path(t))
         record.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1, **metrics, **statistics})
         if end_of_epoch or (step + 1) % args.print_every == 0:
-            record.say(f"iteration {t}, step {step + 1}/{steps}: " + step_line(metrics))
+            record.say("iteration {}, step {}/{}: loss {loss:.2f}, log-ratio of winners {logratio_w:+.2f}, of losers "
+                       "{logratio_l:+.2f}, gradient norm {grad_norm:.1f}, lr {lr:.1e}".format(
+                           t, step + 1, steps, **metrics))
 
         # -- choose: the epoch that wins most on validation prompts (5.1); test prompts choose nothing ----------------
         if end_of_epoch:
-            best = better_of(best, net, t, step + 1, epoch + 1, job)
+            best = validate_and_keep(best, net, t, step + 1, epoch + 1, job)
         # -- save: what --resume needs, weights and optimizer ---------------------------------------------------------
         if step + 1 < steps and (end_of_epoch or args.save_every and (step + 1) % args.save_every == 0):
             record.save_state(iteration=t, step=step + 1, best=best, weights=net.state_dict(),
                               shard={"optimizer": optimizer.state_dict()})
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
-    run.rename_on_rank_0(record.path("state", "best"), job.pi(t + 1))
+    run.rename_on_rank_0(record.path("state", "best"), job.pi_path(t + 1))
+    record.save_state(iteration=t + 1, step=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,27 +286,30 @@ def sampled(t, job):
     args, record, path = job.args, job.record, job.record.path(f"table-{t}.jsonl")
     if os.path.exists(path):
         return read_table(path, args.stage == "train", args.all_responses)
-    net, prompts, begun = job.policy(job.pi(t)), job.parts[t - 1], record.path("state", f"sampled-{t}.jsonl")
+    net, begun, count = job.network(job.pi_path(t)), record.path("state", f"sampled-{t}.jsonl"), 0
     before = record.seconds.get("sample", 0.0)
+
+    def make(prompts, first):
+        nonlocal count
+        rows = sample_answers(net, job.chat, prompts, args, t, job.shard, first)
+        count += sum(len(ids) for row in rows for ids in row["tokens"])
+        return rows
+
     with record.phase("sample"):
-        rows = run.in_chunks(begun, prompts, args.chunk, lambda chunk, first: sample(
-            net, job.chat, chunk, args, t, job.shard, first), job.rank)
-    count, seconds = sum(len(ids) for row in rows for ids in row["tokens"]), record.seconds["sample"] - before
+        rows = run.in_chunks(begun, job.parts[t - 1], args.chunk * job.shard[1], make, job.rank)
+    seconds = record.seconds["sample"] - before
     record.say(f"iteration {t}: sampled {count} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.0f} a second)")
-    if job.rank == 0:
-        run.write_rows(path, rows)
-        run.remove(begun)
-    run.barrier()
+    put_table(path, rows, begun, job)
     return rows
 
 
-def sample(net, chat, prompts, args, t, shard, first=0):
+def sample_answers(net, chat, prompts, args, t, shard, first=0):
     """K answers of `net` to each prompt, as a table's rows, on every rank. first: the place of prompts[0] in the
     iteration's part; a prompt's random numbers belong to its place, whichever rank and chunk it falls to."""
     rank, ranks = shard
     mine = prompts[rank::ranks]
     ids = encode(chat, mine, args)
-    limits = [[sampling_of(args).limit(prompt)] * args.k for prompt in ids]
+    limits = [[answer_limits(args).limit(prompt)] * args.k for prompt in ids]
     seeds = [run.stream(args.seed, "sample", t) + first + i for i in range(rank, len(prompts), ranks)]
     samples = rollout.generate(net, ids, args.k, limits, args.temperature, args.top_p, chat.stop_ids, seeds,
                                args.top_k, args.max_rows,
@@ -316,15 +327,21 @@ def judged(t, rows, job):
     """Phase `judge` of iteration t: the rows with P(y_i > y_k | x) for all pairs of answers, and what follows."""
     if "chosen_probs_win" in rows[0]:
         return rows
-    record, begun = job.record, job.record.path("state", f"judged-{t}.jsonl")
-    with record.phase("judge"):
-        rows = run.in_chunks(begun, rows, job.args.chunk, lambda chunk, first: judge_answers(
-            chunk, job.judge, job.shard), job.rank)
+    digest = run.stream([(row["prompt"], answer_texts(row)) for row in rows])   # verdicts belong to these answers
+    begun = job.record.path("state", f"judged-{t}-{digest:x}.jsonl")
+    with job.record.phase("judge"):
+        rows = run.in_chunks(begun, rows, job.args.chunk * job.shard[1],
+                             lambda chunk, first: judge_answers(chunk, job.judge, job.shard), job.rank)
+    put_table(job.record.path(f"table-{t}.jsonl"), rows, begun, job)
+    return rows
+
+
+def put_table(path, rows, begun, job):
+    """A phase's whole result, in place of the file with its chunks."""
     if job.rank == 0:
-        run.write_rows(record.path(f"table-{t}.jsonl"), rows)
+        run.write_rows(path, rows)
         run.remove(begun)
     run.barrier()
-    return rows
 
 
 def judge_answers(rows, judge, shard):
@@ -337,6 +354,19 @@ def judge_answers(rows, judge, shard):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what the loss is about: answers, their Phats, and their log-probabilities under pi_t
+
+
+def picked(t, rows, job):
+    """What of iteration t's judged rows enters the loss: (examples, statistics) of `training_examples`. Prints what the
+    judge said, and writes the first 50 rows to samples.jsonl, for a person to read."""
+    examples, statistics = training_examples(rows, job.chat, job.args, job.rank)
+    job.record.say(f"iteration {t}: answers to {len(examples)} prompts judged; mean Phat of the best "
+                   f"{statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; all K equal for "
+                   f"{statistics['tied_share']:.1%} of prompts; {statistics['cut_share']:.1%} of answers cut")
+    if job.record.training_state(t)["step"] == 0:           # an interrupted training has written them
+        for row in rows[:50]:
+            job.record.write("samples.jsonl", {"iteration": t, **readable_row(row)})
+    return examples, statistics
 
 
 def training_examples(rows, chat, args, rank=0):
@@ -382,7 +412,7 @@ def encode_talks(prompt, talks, chat, args):
     """Answers that are known as text only, through the chat template: ({prompt, responses} as ids, which were cut).
     An answer that is too long ends where a sampled one would have been cut, without an end token."""
     ids, = chat.encode_all([prompt], args.max_prompt_tokens, 1, args.max_total_tokens)
-    limit = min(sampling_of(args).limit(ids), chat.context - len(ids))
+    limit = min(answer_limits(args).limit(ids), chat.context - len(ids))
     responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
     return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]
 
@@ -398,7 +428,7 @@ def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
     """Adds log pi_t(y|x) of every response as `ref`, by the same lines as in training; kept in state/ for --resume,
     with a digest of what it belongs to. Raises UserError where a resumed iteration began with other answers."""
     path, (rank, ranks) = record.path("state", f"reference-{t}.json"), shard
-    digest = digest_of(examples)
+    digest = run.stream([e["responses"] for e in examples])
     known = run.read_json(path) if os.path.exists(path) else {}
     if known.get("digest") != digest:
         if resumed:
@@ -412,11 +442,6 @@ def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
             run.write_json(path, known, indent=None)
     for example, ref in zip(examples, known["reference"], strict=True):
         example["ref"] = ref
-
-
-def digest_of(examples):
-    """A number that belongs to these answers in this order, and to no others."""
-    return run.stream([e["responses"] for e in examples])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +487,7 @@ def gradient_step(net, optimizer, examples, args, lr, shard):
     return {**metrics, "grad_norm": norm, "lr": lr}
 
 
-def better_of(best, net, t, step, epoch, job):
+def validate_and_keep(best, net, t, step, epoch, job):
     """Which epoch is kept so far, {"epoch", "rate"}: the one with the largest win rate against the base on validation
     prompts, the first of equals; with --keep last, the last. Its checkpoint waits in state/best."""
     args, record, rate = job.args, job.record, None
@@ -491,31 +516,16 @@ def evaluated(t, job):
     board, name = job.board, f"iteration {t}" if t else "base"
     if name in board:
         return board.rows
-    net = job.policy(job.pi(t + 1))
+    net = job.network(job.pi_path(t + 1))
     with job.record.phase("evaluate"):
         if t == 0:
             board.draw_base(net, *(["validation"] if chooses(job.args) else []), "test")
         row = board.add(name, net, more=lambda: winrate.kept_epoch(job.record, t) if t else {})
     kept = f"iteration {t} kept epoch {row['epoch']}\n" if "epoch" in row else ""
     job.record.say(kept + (winrate.style_line(board.rows) if t and "styles" in row else winrate.table(board.rows)))
-    job.record.save_state(iteration=t + 1, step=0)
+    if t or job.record.state is None:           # not over the state of a training that a stage began
+        job.record.save_state(iteration=t + 1, step=0)
     return board.rows
-
-
-def announce(t, rows, count, statistics, record):
-    """What the judge said of iteration t's answers: a printed line, and the first 50 rows for a person to read."""
-    record.say(f"iteration {t}: answers to {count} prompts judged; mean Phat of the best "
-               f"{statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; all K equal for "
-               f"{statistics['tied_share']:.1%} of prompts; {statistics['cut_share']:.1%} of answers cut")
-    if record.training_state(t)["step"] == 0:       # a resumed iteration has written them
-        for row in rows[:50]:
-            record.write("samples.jsonl", {"iteration": t, **readable_row(row)})
-
-
-def step_line(metrics):
-    """A step's figures as one printed line."""
-    return (f"loss {metrics['loss']:.2f}, log-ratio of winners {metrics['logratio_w']:+.2f}, of losers "
-            f"{metrics['logratio_l']:+.2f}, gradient norm {metrics['grad_norm']:.1f}, lr {metrics['lr']:.1e}")
 
 
 def finish(evaluations, job):
@@ -554,11 +564,11 @@ class Job:
         """This process's number."""
         return self.shard[0]
 
-    def pi(self, t):
+    def pi_path(self, t):
         """The checkpoint of pi_t: the base for t = 1, else the result of iteration t - 1."""
         return self.record.path(f"iter-{t - 1}") if t > 1 else self.base
 
-    def policy(self, checkpoint):
+    def network(self, checkpoint):
         """A checkpoint's network, to sample from. The last one is kept: several phases in a row work with pi_t."""
         if self.loaded[0] != checkpoint:
             self.loaded = None, None                                # let go of its memory first
@@ -566,8 +576,8 @@ class Job:
         return self.loaded[1]
 
     def take(self, checkpoint):
-        """The same, to be trained: it will no longer be that checkpoint's."""
-        net, self.loaded = self.policy(checkpoint), (None, None)
+        """The same network, to be trained; it leaves the cache because its weights will change."""
+        net, self.loaded = self.network(checkpoint), (None, None)
         net.activation_checkpointing = self.args.activation_checkpointing
         return net
 
@@ -585,15 +595,15 @@ def set_up(argv):
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
         run.check_out(args.out, args, resume, args.overwrite)
-    check_stage(args)
+    rows = check_stage(args)
     sources = read_sources(args.prompts, args.iterations) if "prompts" in needs(args) and args.prompts else None
     if "judge" in needs(args):
         job.judge = prefmodel.load(args.judge, args.estimator, device, dtype)
     if "model" in needs(args):
         job.base = args.model or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[args.world], device))
-        job.chat = Chat(job.base, job.policy(job.base))
+        job.chat = Chat(job.base, job.network(job.base))
         if args.world:
-            winrate.check_speaks_world(job.base, job.policy(job.base), job.chat, world.WORLDS[args.world])
+            winrate.check_speaks_world(job.base, job.network(job.base), job.chat, world.WORLDS[args.world])
     if "prompts" in needs(args):
         if sources and args.drop_long_prompts:
             sources = [without_long_prompts(source, job.chat, args, rank) for source in sources]
@@ -602,29 +612,24 @@ def set_up(argv):
                         "test": (test, encode(job.chat, test, args))}
         for part in job.parts:                              # refuse an over-long prompt now, not after an hour
             encode(job.chat, part, args)
-    given = read_given_table(args, job) if args.table else None
+    if args.stage == "train":
+        check_training_rows(rows, args, job)
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
             run.write_rows(record.path("state", f"{name}.jsonl"), [{"prompt": p} for p in prompts])
-        if given:                                           # where the phases look for it
-            run.write_rows(record.path(f"table-{args.iteration}.jsonl"), given)
+        if args.table:                                      # where the phases look for it
+            run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
-    job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, sampling_of(args), args.seed, job.shard)
-    record.say(first_line(job))
-    if job.board.rows:
-        record.say(winrate.table(job.board.rows))
-    return job
-
-
-def first_line(job):
-    """What a command is about to do, in one printed line."""
-    args, ranks = job.args, job.shard[1]
+    job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, answer_limits(args), args.seed, job.shard)
     what = (f"stage {args.stage} of iteration {args.iteration}; " if args.stage else
             f"{job.base}, judge {job.judge.name}; {args.iterations} iterations of {len(job.parts[0])} prompts "
             f"x K = {args.k}, " + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
-    return (f"{args.loss} on {job.device} ({str(job.dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
-            f"writing to {args.out}")
+    record.say(f"{args.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
+               f"writing to {args.out}")
+    if job.board.rows:
+        record.say(winrate.table(job.board.rows))
+    return job
 
 
 def chooses(args):
@@ -656,7 +661,7 @@ def settle(args):
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.judge and args.world:
-        args = dataclasses.replace(args, judge=world.WORLDS[args.world].judge)
+        args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))
     check_step_size(args)
     check_stage_flags(args)
     check_sources(args)
@@ -723,37 +728,41 @@ def check_sources(args):
 
 
 def check_stage(args):
-    """Raises UserError where --stage finds nothing to work on, or its result already there."""
-    table, before = (os.path.join(args.out, name) for name in (f"table-{args.iteration}.jsonl",
-                                                               f"iter-{args.iteration - 1}"))
-    made = {"sample": table, "train": os.path.join(args.out, f"iter-{args.iteration}")}.get(args.stage)
-    if made and os.path.exists(made):
-        raise run.UserError(f"--stage {args.stage}: {made} is already there; remove it to {args.stage} again")
-    if args.stage in ("judge", "train") and not args.table and not os.path.exists(table):
-        raise run.UserError(f"--stage {args.stage}: {table} is not there; run --stage sample first, or give --table")
-    if args.stage in ("sample", "train") and args.iteration > 1 and not os.path.exists(before):
-        raise run.UserError(f"--iteration {args.iteration} starts from {before}, which is not there; run --stage train "
-                            "of the iteration before it")
-    if args.stage == "train" and not args.table:
-        read_table(table, judged=True, all_responses=args.all_responses)
+    """The rows that --stage judge or train works on, else None; for judge without another judge's verdicts. Raises
+    UserError where a stage finds nothing to work on, or its result already there."""
+    t = args.iteration
+    own, before, made = (os.path.join(args.out, name) for name in (f"table-{t}.jsonl", f"iter-{t - 1}", f"iter-{t}"))
+    done = {"sample": own, "train": made}.get(args.stage)
+    if done and os.path.exists(done):
+        raise run.UserError(f"--stage {args.stage}: {done} is already there; remove it to {args.stage} again")
+    if args.stage in ("judge", "train") and not args.table and not os.path.exists(own):
+        raise run.UserError(f"--stage {args.stage}: {own} is not there; run --stage sample first, or give --table")
+    if args.stage in ("sample", "train") and t > 1 and not os.path.exists(before):
+        raise run.UserError(f"--iteration {t} starts from {before}, which is not there; run --stage train of the "
+                            "iteration before it")
+    if args.stage not in ("judge", "train"):
+        return None
+    rows = read_table(args.table or own, args.stage == "train", args.all_responses)
+    if args.stage == "judge" and not args.table and "chosen_probs_win" in rows[0]:
+        raise run.UserError(f"--stage judge: {own} is already judged; to judge it again give --table {own}")
+    return rows if args.stage == "train" else [
+        {name: value for name, value in row.items() if name not in VERDICTS} for row in rows]
 
 
-def read_given_table(args, job):
-    """The rows of --table, checked: for --stage judge without another judge's verdicts, for --stage train with them,
-    and none of its prompts held out for validation. Raises UserError otherwise."""
-    rows = read_table(args.table, args.stage == "train", args.all_responses)
-    if args.stage == "judge":
-        return [{name: value for name, value in row.items() if name not in VERDICTS} for row in rows]
-    if not {row["prompt"] for row in rows}.isdisjoint(job.held_out.get("validation", [()])[0]):
-        raise run.UserError(f"--table {args.table} holds prompts that --prompts or --world sets aside for validation; "
-                            "leave them out, or give --keep last")
+def check_training_rows(rows, args, job):
+    """Raises UserError for rows that --stage train cannot work on: a prompt that is held out for validation or has no
+    room, or another table than an interrupted training began with."""
+    table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
+    validation, _ = job.held_out.get("validation", ((), ()))
+    if not {row["prompt"] for row in rows}.isdisjoint(validation):
+        raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation; leave them "
+                            "out, or give --keep last")
     examples, _ = training_examples(rows, job.chat, args, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
     begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
-    if begun and run.read_json(known)["digest"] != digest_of(examples):
-        raise run.UserError(f"--table {args.table}: iteration {args.iteration} was begun on another table; give that "
-                            "one, or another --out")
-    return rows
+    if begun and run.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
+        raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
+                            "another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -781,8 +790,8 @@ def without_long_prompts(prompts, chat, args, rank):
     return chat.that_fit(prompts, room, quiet=rank != 0)
 
 
-def sampling_of(args):
-    """Evaluation samples at temperature 1, whatever temperature trains."""
+def answer_limits(args):
+    """How long answers may be, in training and in evaluations; the temperature in it, 1, is an evaluation's."""
     return winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows, max_total_tokens=args.max_total_tokens)
 
 

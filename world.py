@@ -349,7 +349,7 @@ def style_shares(answers):
 def base(world, device="cpu", root="out"):
     """Directory of a world's base; trains it first if it is not there. Its name holds a hash of all that shapes the
     base (constants, tokens, the first rows of the corpus, the training below), so that whoever edits a world gets a
-    base of their own, and whoever edits its training settings keeps the one there is."""
+    base of their own, and whoever edits the settings of sppo.py and lsp.py keeps the one there is."""
     rng = random.Random(0)
     constants = {name: value for name, value in dataclasses.asdict(world).items()
                  if name != "judge" and not isinstance(value, dict)}
@@ -448,7 +448,7 @@ OPERATIONS = World(
     lsp=dict(steps=200, queries=32, answers=8, beta=0.1, self_reward="expected", lr=4e-4, warmup=10,
              max_query_tokens=24, max_new_tokens=24, max_verdict_tokens=4, micro_batch=32, max_rows=512,
              test_prompts=2000, eval_every=50, print_every=10),
-    # With -V ("value") a larger scale would make nonsense, whose V is 0, worth the self-reward it loses.
+    # With -V ("value") nonsense, whose V is 0, would earn more at a larger scale than the self-reward it forfeits.
     lsp_reward={"value": dict(reward_scale=3.0, alpha_ch=0.02), "spread": dict(reward_scale=12.0, alpha_ch=0.05),
                 "frontier": dict(reward_scale=12.0, alpha_ch=0.05), "grpo": dict(reward_scale=12.0, alpha_ch=0.0)})
 

@@ -17,6 +17,7 @@ import lsp
 import model
 import prefmodel
 import run
+import sppo
 import world
 from chat import load_checkpoint, read_prompts, shortened
 from conftest import ROOT, Killed
@@ -118,7 +119,7 @@ def test_expected_gradient_of_the_kl_terms(kl, exact, policies):
     """E_{y ~ pi}[c(y) grad log pi(y)] over all sequences, against the gradient of the divergence itself."""
     theta, log_ref = policies
     log_pi = sequences(theta)
-    c = lsp.coefficient(torch.zeros(9, dtype=torch.float64), (log_pi - log_ref).detach(), 0.3, kl)
+    c = lsp.loss_coefficient(torch.zeros(9, dtype=torch.float64), (log_pi - log_ref).detach(), 0.3, kl)
     got = gradient((log_pi.exp().detach() * c * log_pi).sum(), theta)
     want = 0.3 * gradient(exact(sequences(theta), log_ref), theta)
     torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
@@ -130,7 +131,7 @@ def test_expected_gradient_of_the_whole_loss(policies):
     theta, log_ref = policies
     A = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     log_pi = sequences(theta)
-    c = lsp.coefficient(A, (log_pi - log_ref).detach(), 0.3, "reward")
+    c = lsp.loss_coefficient(A, (log_pi - log_ref).detach(), 0.3, "reward")
     got = gradient((log_pi.exp().detach() * c * log_pi).sum(), theta)
     log_pi = sequences(theta)
     want = gradient(-(log_pi.exp() * (A - 0.3 * (log_pi - log_ref))).sum(), theta)
@@ -594,11 +595,25 @@ def test_the_presets_settings():
     (dict(micro_batch=2, gradient_accumulation=2), "--gradient-accumulation"),
     (dict(self_reward="expected", max_verdict_tokens=9), "--max-verdict-tokens"),
     (dict(preset="paper", model="m", reward="reward:r", micro_batch=2, gradient_accumulation=2), "--gradient"),
-    (dict(reward="reward:"), "--reward reward:")])
+    (dict(reward="reward:"), "--reward reward:"), (dict(reward="styles"), "--reward styles is of a world without"),
+    (dict(world="operations", reward="reward:r", model="m"), "--world operations")])
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(UserError, match=says):
         run.check(lsp.Settings(**settings))
         settle(**settings)
+
+
+def test_a_world_names_its_own_judge_and_its_settings(monkeypatch):
+    """An entry of one's own that forgets one of them would silently be judged by another world's oracle."""
+    monkeypatch.setitem(world.WORLDS, "mine", dataclasses.replace(world.OPERATIONS))
+    for settle_one in (lambda: settle(world="mine"), lambda: sppo.settle(sppo.Settings(world="mine"))):
+        with pytest.raises(UserError, match='judge="oracle", which is another.*judge="oracle:mine"'):
+            settle_one()
+    mine = dataclasses.replace(world.OPERATIONS, judge="oracle:mine", lsp_reward={"value": {}})
+    monkeypatch.setitem(world.WORLDS, "mine", mine)
+    assert settle(world="mine").reward == "oracle:mine"
+    with pytest.raises(UserError, match="no settings for frontier"):
+        settle(world="mine", challenger_reward="frontier")
 
 
 def test_too_few_prompts_for_grpo(prompts_file):

@@ -887,3 +887,12 @@ def test_rewards_that_are_not_finite_are_refused(skywork):
     judge.net.score.weight[0, 0] = math.nan
     with pytest.raises(UserError, match="not finite"):
         judge.preference(QUESTIONS, ANSWERS)
+
+
+def test_a_worlds_judge_is_known_however_it_is_spelt():
+    """Else it would count as a judge of natural language, and find all answers alike."""
+    home = {spec: prefmodel.world_of(spec) for spec in ("oracle", "oracle:operations", "oracle:intransitive", "styles",
+                                                        "styles:operations", "pairrm:x", "reward:x", "oracle:nowhere")}
+    operations, intransitive = world.WORLDS["operations"], world.WORLDS["intransitive"]
+    assert list(home.values()) == [operations, operations, intransitive, intransitive, operations, None, None, None]
+    assert [prefmodel.judge_of(name) for name in ("operations", "intransitive")] == ["oracle", "styles"]

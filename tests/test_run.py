@@ -390,6 +390,20 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
+def test_a_directory_that_had_stepped_aside_comes_back():
+    """A kill between write_atomically's two renames: the old checkpoint is all there is."""
+    r = run.Run("r", Settings())
+    r.save_state(iteration=1, step=1)
+    for name, new_one in (("best", False), ("other", True)):
+        os.makedirs(f"r/state/{name}.old-7")
+        open(f"r/state/{name}.old-7/old", "w").close()
+        if new_one:
+            os.makedirs(f"r/state/{name}")
+    run.Run("r", Settings(), resume=True)
+    assert os.listdir("r/state/best") == ["old"] and os.listdir("r/state/other") == []
+    assert sorted(os.listdir("r/state")) == ["best", "other", "state.pt"]
+
+
 def test_a_state_that_would_run_code_is_not_loaded():
     saved(step=1)
     torch.save({"seconds": {}, "sizes": {}, "step": Trap()}, "r/state/state.pt")
@@ -447,6 +461,8 @@ def test_a_log_file_gets_a_line_each_minute(monkeypatch, capsys):
     """stderr is no terminal here. A bar would fill a log file with itself; nothing at all looks like a hang."""
     clock = [0.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "STARTED", 0.0)
+    monkeypatch.setattr(run._Lines, "last", 0.0)
     for _ in run.progress(range(10), desc="sampling"):
         clock[0] += 25.0
     with run.progress(desc="judging", total=300) as bar:
@@ -455,8 +471,22 @@ def test_a_log_file_gets_a_line_each_minute(monkeypatch, capsys):
             bar.update(100)
         bar.set_postfix_str("fine", refresh=False)
     assert capsys.readouterr().err.splitlines() == [
-        "sampling: 3 of 10 after 1 min", "sampling: 6 of 10 after 2 min", "sampling: 9 of 10 after 4 min",
-        "judging: 100 of 300 after 1 min", "judging: 200 of 300 after 2 min", "judging: 300 of 300 after 4 min"]
+        "sampling: 3 of 10, 1 min since the start", "sampling: 6 of 10, 2 min since the start",
+        "sampling: 9 of 10, 4 min since the start", "judging: 100 of 300, 5 min since the start",
+        "judging: 200 of 300, 6 min since the start", "judging: 300 of 300, 8 min since the start"]
+
+
+def test_a_phase_of_many_short_bars_is_not_silent(monkeypatch, capsys):
+    """Every chunk of answers has a bar of its own, and none of them may last a minute."""
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "STARTED", 0.0)
+    monkeypatch.setattr(run._Lines, "last", 0.0)
+    for _ in range(10):
+        with run.progress(desc="a chunk", total=1) as bar:
+            clock[0] += 50.0
+            bar.update()
+    assert len(capsys.readouterr().err.splitlines()) == 5
 
 
 def test_a_loss_that_is_no_number_stops_a_run():

@@ -282,7 +282,7 @@ def make(path, prompts, judge, **settings):
     net, chat = load_checkpoint(path, "cpu", torch.float32)
     s = settle(**{**SMALL, **settings})
     r = run.Run("pairs", s, overwrite=True)
-    rows = sppo.judge_answers(sppo.sample(net, chat, prompts, s, 2, (0, 1)), judge, (0, 1))
+    rows = sppo.judge_answers(sppo.sample_answers(net, chat, prompts, s, 2, (0, 1)), judge, (0, 1))
     pairs, statistics = sppo.training_examples(rows, chat, s)
     sppo.reference_logprobs(net, pairs, s, 2, (0, 1), r)
     return Made(net, chat, s, prompts, judge, rows, pairs, statistics)
@@ -720,7 +720,7 @@ def on_call(owner, name, number, before=True):
 if place == "training":             # the fifth step of iteration 2, one after a saved state
     on_call(sppo, "gradient_step", 11)
 elif place == "between":            # right after iteration 1 was saved
-    on_call(sppo, "sample", 4)
+    on_call(sppo, "sample_answers", 4)
 elif place == "sampled":            # iteration 2 is sampled, not yet judged
     on_call(sppo, "judge_answers", 4)
 elif place == "pairs":              # iteration 2 is sampled and judged, nothing of it is trained
@@ -728,7 +728,7 @@ elif place == "pairs":              # iteration 2 is sampled and judged, nothing
 elif place == "start":              # before anything is saved
     on_call(winrate, "opponent", 1)
 elif place == "sampling":           # iteration 2 has two chunks of three
-    on_call(sppo, "sample", 6)
+    on_call(sppo, "sample_answers", 6)
 elif place == "judging":            # iteration 2 has one chunk of three
     on_call(sppo, "judge_answers", 5)
 elif place == "half a row":         # in the middle of writing iteration 2's second chunk
@@ -1075,6 +1075,50 @@ def test_a_whole_run_goes_on_from_what_stages_left(base, whole, capsys, stages):
     assert "starting afresh" not in capsys.readouterr().out
 
 
+def test_an_iteration_can_be_trained_again(base):
+    """As the message says: remove its checkpoint."""
+    import shutil
+
+    for stage in ("sample", "judge", "train"):
+        sppo.main(argv(model=base, out="out", stage=stage, **ONE))
+    before = open("out/iter-1/model.safetensors", "rb").read()
+    shutil.rmtree("out/iter-1")
+    sppo.main(argv(model=base, out="out", stage="train", **ONE))
+    assert open("out/iter-1/model.safetensors", "rb").read() == before
+
+
+def test_a_whole_run_goes_on_inside_a_training_that_a_stage_began(base, dies_in):
+    """Without a step or a sample that stands twice in the journals."""
+    flags = argv(model=base, **{**ONE, "epochs": 2, "keep": "last"})
+    sppo.main([*flags, "--out", "whole"])
+    for stage in ("sample", "judge"):
+        sppo.main([*flags, "--out", "out", "--stage", stage])
+    calls = dies_in(sppo, "gradient_step", 5)
+    with pytest.raises(Killed):
+        sppo.main([*flags, "--out", "out", "--stage", "train"])
+    sppo.main([*flags, "--out", "out", "--resume"])
+    assert len(calls) == 5 + 2
+    assert same_files("out", "whole", "metrics.jsonl", "samples.jsonl", "iter-1/model.safetensors",
+                      "state/evaluations.json")
+
+
+def test_verdicts_of_one_table_are_not_given_to_another(base, dies_in):
+    """Two tables, one --out: what was judged of the first before a kill is no part of the second."""
+    for seed in (0, 1):
+        sppo.main(argv(model=base, out=f"seed-{seed}", stage="sample", seed=seed, **ONE))
+    judge = argv(model=base, world="operations", out="out", stage="judge", **ONE)
+    dies_in(sppo, "judge_answers", 2)
+    with pytest.raises(Killed):
+        sppo.main([*judge, "--table", "seed-0/table-1.jsonl"])
+    sppo.main([*judge, "--table", "seed-1/table-1.jsonl"])
+    given, made = lines("seed-1/table-1.jsonl"), lines("out/table-1.jsonl")
+    assert [row["tokens"] for row in made] == [row["tokens"] for row in given] and len(made) == 20
+    with pytest.raises(UserError, match="already judged; to judge it again give --table"):
+        sppo.main(judge)
+    sppo.main([*judge, "--table", "out/table-1.jsonl"])
+    assert lines("out/table-1.jsonl") == made
+
+
 def test_a_stage_of_a_finished_run_is_not_done_again(base, whole):
     for stage, made in (("sample", "table-1.jsonl"), ("train", "iter-1")):
         with pytest.raises(UserError, match=f"{made} is already there"):
@@ -1091,6 +1135,9 @@ def test_a_table_of_validation_prompts_is_refused(base):
         sppo.main(argv(model=base, world="operations", out="out", stage="train", table="t.jsonl",
                        **{**ONE, "epochs": 2}))
     assert not os.path.exists("out")
+    sppo.main(argv(model=base, world="operations", out="out", stage="judge", table="t.jsonl", **{**ONE, "epochs": 2}))
+    with pytest.raises(UserError, match="table-1.jsonl holds prompts that .* sets aside for validation"):
+        sppo.main(argv(model=base, world="operations", out="out", stage="train", **{**ONE, "epochs": 2}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
