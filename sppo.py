@@ -14,7 +14,7 @@ iteration t:
     loss     ( log pi(y|x) / pi_t(y|x)  -  eta (Phat(y > pi_t | x) - 1/2) )^2  on the best and the worst answer    (4.7)
     step     pi_t is both the starting point and the reference; the result is pi_{t+1}
 
---loss takes the same road with another loss: iterative DPO and IPO, the paper's baselines, and sppo-hard, (4.7) with
+--loss runs the same loop with another loss: iterative DPO and IPO, the paper's baselines, and sppo-hard, (4.7) with
 the preferences rounded to 1 and 0. --world intransitive is a game of three styles where no style is best.
 
 Deviations from the paper, each with its reason:
@@ -184,9 +184,9 @@ class Settings(run.CommonSettings):
 def main(argv):
     """The whole run: for every iteration sample, judge, loss, step, evaluate; then the summary.
 
-    Every phase reads its result if that is on disk, and makes it otherwise. Resuming an interrupted run, doing one
-    phase at a time (--stage), and training on a table from elsewhere (--table) are therefore the same thing: files that
-    are already there.
+    pi_1 is the base, and iteration t writes pi_{t+1} as the checkpoint iter-t. Every phase reads its result if that is
+    on disk, and makes it otherwise: so resuming a run, doing one phase at a time (--stage), and training on a table
+    from elsewhere (--table) are the same thing.
     """
     job = set_up(argv)
     if job.args.stage:
@@ -201,7 +201,7 @@ def main(argv):
             rows = judged(t, rows, job)
             # The best and the worst answer to each prompt, or all K, with their Phats.
             examples, statistics = picked(t, rows, job)
-            rows = None                         # their texts are not needed any more: a gigabyte for 100,000 answers
+            rows = None                         # their texts are not needed any more, and take much memory
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
             trained(t, examples, statistics, job)
         evaluations = evaluated(t, job)

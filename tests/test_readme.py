@@ -170,10 +170,15 @@ def test_forks(name, base, tmp_path):
     # git would take a patch inside another repository for one of that repository's
     subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True,
                    env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)})
-    if new_world:       # a base of its own, smaller and trained for two seconds
-        made = python("-c", f"import dataclasses, world; small = dataclasses.replace(world.WORLDS['{name}'], steps=60, "
-                      "width=32, layers=1, mlp=64); world.train_base('base', small, 'cpu')", cwd=tmp_path)
+    if new_world:       # a base of its own, smaller and hardly trained; and what its language makes of a query
+        query = {"drop": "drop then upper:abc", "counting": "count b:abcb"}[name]
+        made = python("-c", f"import dataclasses, world; own = world.WORLDS['{name}']; "
+                      "small = dataclasses.replace(own, steps=20, width=32, layers=1, mlp=64); world.train_base('base', small, 'cpu'); "
+                      f"print(own.solve('{query}'), own.make_tokenizer()('{query}', add_special_tokens=False)"
+                      "['input_ids'])", cwd=tmp_path)
         assert made.returncode == 0, made.stderr[-2000:]
+        answer = made.stdout.splitlines()[-1]
+        assert answer.startswith({"drop": "BC [", "counting": "2 ["}[name]) and " 1," not in answer     # 1 is <unk>
     done = python(*FORKS[name], "--model", "base" if new_world else base, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -185,10 +190,6 @@ def test_forks(name, base, tmp_path):
         base_row, _, trained = summary["evaluations"]
         assert trained["win_rate"] > base_row["win_rate"] and trained["accuracy_greedy"] is None
     else:                    # the world has its own language and oracle
-        query = {"drop": "drop then upper:abc", "counting": "count b:abcb"}[name]
-        answer = python("-c", f"import world; w = world.WORLDS['{name}']; print(w.solve('{query}'), "
-                        f"w.make_tokenizer()('{query}', add_special_tokens=False)['input_ids'])", cwd=tmp_path).stdout
-        assert answer.startswith({"drop": "BC [", "counting": "2 ["}[name]) and " 1," not in answer     # 1 is <unk>
         assert summary["settings"]["judge"] == f"oracle:{name}"
         assert all(row["accuracy_greedy"] is not None for row in summary["evaluations"])
 
