@@ -173,7 +173,8 @@ def test_forks(name, base, tmp_path):
     if new_world:       # a base of its own, smaller and hardly trained; and what its language makes of a query
         query = {"drop": "drop then upper:abc", "counting": "count b:abcb"}[name]
         made = python("-c", f"import dataclasses, world; own = world.WORLDS['{name}']; "
-                      "small = dataclasses.replace(own, steps=20, width=32, layers=1, mlp=64); world.train_base('base', small, 'cpu'); "
+                      "small = dataclasses.replace(own, steps=20, width=32, layers=1, mlp=64); "
+                      "world.train_base('base', small, 'cpu'); "
                       f"print(own.solve('{query}'), own.make_tokenizer()('{query}', add_special_tokens=False)"
                       "['input_ids'])", cwd=tmp_path)
         assert made.returncode == 0, made.stderr[-2000:]
