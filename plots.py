@@ -223,7 +223,7 @@ def _triangles(plt, runs):
     """The simplex of styles: every iterate from the start on, the running average, and the Nash mixture."""
     wide = min(3, len(runs))
     tall = math.ceil(len(runs) / wide)
-    figure, axes = plt.subplots(tall, wide, figsize=(WIDTH if wide > 1 else 5, 3.3 * tall + 0.6), squeeze=False,
+    figure, axes = plt.subplots(tall, wide, figsize=(WIDTH if wide > 1 else 5, 2.9 * tall + 0.7), squeeze=False,
                                 layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
@@ -246,8 +246,9 @@ def _triangle(axis, played, exact):
     axis.plot(*CORNERS[[0, 1, 2, 0]].T, color="black", lw=0.8)
     axis.plot(*played.T, "o-", ms=2.5, lw=0.8, color="C0", alpha=0.8, label="iterates")
     for i in range(0, len(played) - 1, max(1, len(played) // 8)):              # which way it goes
-        axis.annotate("", played[i + 1].tolist(), played[i].tolist(),
-                      arrowprops={"arrowstyle": "-|>", "color": "C0", "lw": 0.8, "mutation_scale": 9})
+        if (played[i + 1] - played[i]).norm() > 0.03:                           # a shorter arrow is all head
+            axis.annotate("", played[i + 1].tolist(), played[i].tolist(),
+                          arrowprops={"arrowstyle": "-|>", "color": "C0", "lw": 0.8, "mutation_scale": 9})
     axis.plot(*(played.cumsum(0) / count).T, "-", lw=2.2, color="C3", label="average so far")
     if exact is not None:
         axis.plot(*(exact.cumsum(0) / count[:len(exact)]).T, "--", lw=1.4, color="black",
@@ -255,7 +256,7 @@ def _triangle(axis, played, exact):
     axis.plot(*played[0].tolist(), "s", ms=7, mfc="white", mec="black", label="start")
     nash = torch.tensor(world.NASH_STYLES, dtype=torch.float64) @ CORNERS
     axis.plot(*nash.tolist(), "*", ms=14, color="C2", label="Nash equilibrium")
-    for corner, text, shift in zip(CORNERS.tolist(), ("style 0", "style 1", "style 2"), ((0, -12), (0, -12), (0, 5))):
+    for corner, text, shift in zip(CORNERS.tolist(), ("style 0", "style 1", "style 2"), ((0, -13), (0, -13), (0, 9))):
         axis.annotate(text, corner, shift, textcoords="offset points", ha="center")
     axis.set(aspect="equal", xlim=(-0.16, 1.16), ylim=(-0.16, 1.0))
 
