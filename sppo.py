@@ -135,8 +135,7 @@ class Settings(run.CommonSettings):
     lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7); another for each --loss", above=0)
     optimizer: str | None = flag(None, "adamw or rmsprop", ("adamw", "rmsprop"))
     epochs: int | None = flag(None, "passes over an iteration's answers; another for each --loss", at_least=1)
-    schedule_epochs: int = flag(0, "epochs that the learning-rate schedule spans (the paper: 18); 0 = --epochs",
-        at_least=0)
+    schedule_epochs: int = flag(0, "epochs that the learning rate is scheduled for (paper: 18); 0 = --epochs", at_least=0)
     keep: str | None = flag(None, "pi_{t+1}: the epoch best on validation prompts, or the last", ("best", "last"))
     warmup: float = flag(0.1, "share of the scheduled steps over which the learning rate rises, to fall after "
                               "(section 5.1: 0.1)", at_least=0, at_most=1)
@@ -153,8 +152,7 @@ class Settings(run.CommonSettings):
         "longest answer in tokens; longer ones are cut, kept and counted", at_least=1)
     max_prompt_tokens: int | None = flag(None,
         "longest prompt in tokens, template included; 0 = whatever the context allows", at_least=0)
-    max_total_tokens: int = flag(0, "longest prompt and answer together, in tokens; 0 = no such bound",
-        at_least=0)
+    max_total_tokens: int = flag(0, "most tokens of prompt and answer together; 0 = no such bound", at_least=0)
     drop_long_prompts: bool = flag(False, "leave out prompts that are too long, and say how many, instead of refusing")
     max_rows: int | None = flag(None, "answers in flight while sampling; bounds the KV cache", at_least=1)
     chunk: int | None = flag(None,
@@ -272,6 +270,8 @@ def trained(t, examples, statistics, job):
                               shard={"optimizer": optimizer.state_dict()})
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
+    if job.rank == 0:                           # answers of another pi_{t+1}, from before this iteration was done again
+        run.remove(record.path("state", f"sampled-{t + 1}.jsonl"))
     run.rename_on_rank_0(record.path("state", "best"), job.pi_path(t + 1))
     record.save_state(iteration=t + 1, step=0)
 
