@@ -135,7 +135,7 @@ class Settings(run.CommonSettings):
     lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7); another for each --loss", above=0)
     optimizer: str | None = flag(None, "adamw or rmsprop", ("adamw", "rmsprop"))
     epochs: int | None = flag(None, "passes over an iteration's answers; another for each --loss", at_least=1)
-    schedule_epochs: int = flag(0, "epochs that the learning rate is scheduled for (paper: 18); 0 = --epochs", at_least=0)
+    schedule_epochs: int = flag(0, "epochs that the learning rate is planned for (paper: 18); 0 = --epochs", at_least=0)
     keep: str | None = flag(None, "pi_{t+1}: the epoch best on validation prompts, or the last", ("best", "last"))
     warmup: float = flag(0.1, "share of the scheduled steps over which the learning rate rises, to fall after "
                               "(section 5.1: 0.1)", at_least=0, at_most=1)
