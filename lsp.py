@@ -363,7 +363,7 @@ def loss_coefficient(advantage, logratio, beta, kl):
     As the sample comes from pi itself, pi/sg(pi) is 1 and its gradient is grad log pi; and each form of the KL term has
     a gradient of the form c grad log pi too:
         reward, k2 (l^2/2)       c = l             E[c grad log pi] = grad KL(pi || pi_Ref), exactly
-        k1         (l)           c = 1             expectation 0: E[grad log pi] = 0
+        k1         (l)           c = 1             expectation 0: E[grad log pi] = 0; (4) read literally, no pull at all
         k3         (e^-l - 1 + l) c = 1 - e^-l     that of the other KL, KL(pi_Ref || pi)
     """
     pull = {"reward": logratio, "k2": logratio, "k1": torch.ones_like(logratio), "k3": 1 - (-logratio).exp()}[kl]
