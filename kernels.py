@@ -6,14 +6,14 @@ hundreds, so the last digits of bfloat16 would be the whole signal. One exceptio
 to bfloat16 by the matrix product itself, as in every library that multiplies in that type; all that follows is float32.
 
 Why not log_softmax(logits)[target]?  At V = 128,256 and T = 8,192 the float32 logits alone are 4 GB, their softmax for
-the backward pass another 4, and the gradient of the logits a third 4. None of it is needed at once:
+the backward pass another 4, and the gradient of the logits 4 more. None of it is needed at once:
 
     (a)  log pi(target) = logit[target] - logsumexp(logits)         one number a token; the sum over V can go by parts
     (b)  d log pi / d logit = onehot(target) - softmax(logits)      recomputed from (hidden, weight, logsumexp)
 
 So the logits are computed tile by tile, some tokens times a part of the vocabulary, and each tile is used up before the
-next is made. The losses on top (SPPO, DPO, IPO) are pure functions of sequence log-probabilities, and `Optimizer` turns
-gradients into steps. `python bench.py kernels` checks and times the log-probabilities.
+next is made. On top stand a judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence
+log-probabilities, and `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks and times the log-probabilities.
 """
 
 import math
