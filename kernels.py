@@ -13,7 +13,8 @@ the backward pass another 4, and the gradient of the logits 4 more. None of it i
 
 So the logits are computed tile by tile, some tokens times a part of the vocabulary, and each tile is used up before the
 next is made. On top stand a judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence
-log-probabilities, and `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks and times the log-probabilities.
+log-probabilities, and `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the
+log-probabilities and times them.
 """
 
 import math
