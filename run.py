@@ -121,10 +121,12 @@ def parse(settings_class, argv, description, presets=None, defaults=None):
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
     the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
-    value}}; a flag that is given beside it wins. defaults: {where: {field: value}}, for --help alone: what a flag with
+    value}}; a flag that is given beside it wins. A settings class may say in COMMAND (no field) what the usage line calls
+    the command. defaults: {where: {field: value}}, for --help alone: what a flag with
     default None becomes there. Raises UserError for a value outside its flag's bounds.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _Parser(prog=getattr(settings_class, "COMMAND", None), description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog="\n".join(f"--preset {name} is\n{_as_flags(v)}" for name, v in (presets or {}).items()))
     hints = typing.get_type_hints(settings_class)
     own = settings_class.__annotations__                    # a class's own flags come first, then those it inherits
