@@ -3,7 +3,7 @@
 Flags out of one documented dataclass, the device and the dtype, ranks under torchrun, seeds, progress bars, and a run
 directory that survives being killed. sppo.py and lsp.py share this file so that their own text holds only the method.
 
-    out/<name>/config.json     the settings, written once
+    out/<name>/config.json     the settings of the last session
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
                iter-k/         (step-k/) each a complete Hugging Face checkpoint
@@ -121,9 +121,9 @@ def parse(settings_class, argv, description, presets=None, defaults=None):
 
     Field `batch_size` becomes --batch-size; a bool becomes --x / --no-x. An unknown flag, an abbreviation or a value of
     the wrong type ends the program with exit status 2. presets: what the flag --preset NAME sets, {name: {field:
-    value}}; a flag that is given beside it wins. A settings class may say in COMMAND (no field) what the usage line calls
-    the command. defaults: {where: {field: value}}, for --help alone: what a flag with
-    default None becomes there. Raises UserError for a value outside its flag's bounds.
+    value}}; a flag that is given beside it wins. A settings class may say in COMMAND (no field) what the usage line
+    calls the command. defaults: {where: {field: value}}, for --help alone: what a flag with default None becomes there.
+    Raises UserError for a value outside its flag's bounds.
     """
     parser = _Parser(prog=getattr(settings_class, "COMMAND", None), description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -458,6 +458,10 @@ PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", 
            "print_every", "save_every")
 
 
+# What may be larger than before when a run is resumed, so that a finished run goes on.
+GROWING = ("iterations", "steps")
+
+
 # What a run writes into state/ before it has done anything that is worth resuming.
 SET_UP = {"validation.jsonl", "test.jsonl", "initial.json"}
 
@@ -481,16 +485,33 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
                         "it, or another --out")
     if resume and os.path.exists(config):
-        before, now = read_json(config), lasting(settings)
-        for name in sorted((set(before) | set(now)) - set(PASSING)):
-            if before.get(name) != now.get(name):
-                raise UserError(f"--resume: {out} was run with {name} = {before.get(name)}, now it is {now.get(name)}; "
-                                f"give the same --{name.replace('_', '-')} or another --out")
+        _check_same(out, read_json(config), lasting(settings))
     return True
 
 
+def _check_same(out, before, now):
+    """Raises UserError where the settings of a resumed run are not those it was begun with, {name: value}: some may
+    differ (PASSING), some may grow (GROWING), and --prompts may name further sources for further iterations."""
+    for name in sorted((set(before) | set(now)) - set(PASSING)):
+        was, wanted, remedy = before.get(name), now.get(name), "give the same --" + name.replace("_", "-")
+        if was == wanted:
+            continue
+        if name in GROWING and isinstance(was, int) and isinstance(wanted, int):
+            if wanted > was:
+                continue
+            remedy = f"give --{name} {was} or more"
+        if name == "prompts" and was and "iterations" in now:
+            if str(wanted).startswith(was + ","):
+                continue
+            remedy += ", or further sources behind it and a comma,"
+        raise UserError(f"--resume: {out} was run with {name} = {was}, now it is {wanted}; {remedy} or another --out")
+
+
 class Run:
-    """A run directory and the seconds spent in each phase. Only rank 0 writes."""
+    """A run directory and the seconds spent in each phase. Only rank 0 writes.
+
+    A finished run is an ordinary saved state: resumed with more iterations or steps, it goes on from there.
+    """
 
     JOURNALS = ("metrics.jsonl", "samples.jsonl")
 
@@ -584,7 +605,7 @@ class Run:
         barrier()
         if self.rank == 0:
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
-            state["seconds"] = {**self.seconds, "total": self.total_seconds()}
+            state["seconds"] = self._seconds_and_total()
             write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
         barrier()
         for old in set(glob.glob(self._shard_path("*"))) - {keep}:
@@ -603,19 +624,22 @@ class Run:
         """Wall-clock seconds since the program began, those of resumed sessions included."""
         return self.before + time.perf_counter() - STARTED
 
+    def _seconds_and_total(self):
+        return {**self.seconds, "total": self.total_seconds()}
+
     def write_summary(self, method, settings, base, device, ranks, evaluations):
-        """summary.json: settings, versions, hardware, seconds by phase, and the table. Returns it."""
-        self.seconds["total"] = self.total_seconds()
+        """summary.json: settings, versions, hardware, seconds by phase, and the table. Returns it. May be called as
+        often as one likes, say after every evaluation: the last one stands."""
+        seconds = {name: round(value, 1) for name, value in self._seconds_and_total().items()}
         summary = {"method": method, "settings": dataclasses.asdict(settings), **environment(device, ranks),
-                   "base": str(base), "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
-                   "evaluations": evaluations}
+                   "base": str(base), "seconds": seconds, "evaluations": evaluations}
         if self.rank == 0:
             write_json(self.path("summary.json"), summary)
         return summary
 
     def say_where(self):
         """The last printed line: where the time went, and where the results are."""
-        self.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())
+        self.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in self._seconds_and_total().items())
                  + f"; wrote {self.path('summary.json')} and {self.path('curves.png')}")
 
     @contextlib.contextmanager

@@ -321,8 +321,8 @@ def test_stages_of_one_run_share_its_directory():
     run.Run("r", Staged(stage="sample")).save_state(step=0)
     r = run.Run("r", Staged(stage="train", iteration=2, table="t.jsonl"), resume=True)
     assert r.state["step"] == 0 and "stage" not in json.load(open("r/config.json"))
-    with pytest.raises(UserError, match="steps = 3, now it is 4"):
-        run.Run("r", Staged(stage="train", steps=4), resume=True)
+    with pytest.raises(UserError, match="batch_size = 4, now it is 5"):
+        run.Run("r", Staged(stage="train", batch_size=5), resume=True)
 
 
 def test_resume_with_another_setting_names_the_flag():
@@ -330,6 +330,54 @@ def test_resume_with_another_setting_names_the_flag():
     with pytest.raises(UserError, match="batch_size = 4, now it is 5; give the same --batch-size"):
         run.Run("r", Settings(batch_size=5), resume=True)
     assert len(lines("r/metrics.jsonl")) == 2  # untouched
+
+
+@dataclasses.dataclass
+class Growing(run.CommonSettings):
+    """What sppo.py's flags have that may grow."""
+    iterations: int = flag(2, "rounds")
+    prompts: str = flag("", "sources")
+
+
+def test_a_finished_run_may_grow():
+    """More steps or iterations, and nothing else: what was saved at the end is where the run goes on."""
+    saved(iteration=0, step=3, weights={"w": torch.arange(3.0)})
+    r = run.Run("r", Settings(steps=5), resume=True)
+    assert r.training_state(0)["step"] == 3 and torch.equal(r.training_state(0)["weights"]["w"], torch.arange(3.0))
+    assert json.load(open("r/config.json"))["steps"] == 5 and lines("r/metrics.jsonl") == ['{"step": 1}']
+    r.write("metrics.jsonl", {"step": 4})
+    r.save_state(iteration=0, step=5)
+    assert run.Run("r", Settings(steps=5), resume=True).training_state(0)["step"] == 5
+    assert lines("r/metrics.jsonl") == ['{"step": 1}', '{"step": 4}']
+    with pytest.raises(UserError, match="steps = 5, now it is 4; give --steps 5 or more or another --out"):
+        run.Run("r", Settings(steps=4), resume=True)
+    with pytest.raises(UserError, match="batch_size = 4, now it is 5"):
+        run.Run("r", Settings(steps=6, batch_size=5), resume=True)
+    assert json.load(open("r/config.json"))["steps"] == 5                # a refused command leaves the run as it was
+
+
+def test_further_iterations_may_have_further_sources():
+    run.Run("r", Growing(prompts="a.jsonl,b.jsonl")).save_state(iteration=3, step=0)
+    for wrong in ("a.jsonl,b.jsonl.gz", "a.jsonl", "b.jsonl,a.jsonl,c.jsonl"):
+        with pytest.raises(UserError, match=f"now it is {wrong}; give the same --prompts, or further sources behind"):
+            run.Run("r", Growing(iterations=3, prompts=wrong), resume=True)
+    assert run.Run("r", Growing(iterations=3, prompts="a.jsonl,b.jsonl,c.jsonl"), resume=True).state["iteration"] == 3
+    config = json.load(open("r/config.json"))
+    assert config["iterations"] == 3 and config["prompts"] == "a.jsonl,b.jsonl,c.jsonl"
+    with pytest.raises(UserError, match="iterations = 3, now it is 2; give --iterations 3 or more"):
+        run.Run("r", Growing(iterations=2, prompts="a.jsonl,b.jsonl,c.jsonl"), resume=True)
+
+
+@dataclasses.dataclass
+class OfSteps(Settings):
+    prompts: str = flag("", "what lsp.py --mode grpo trains on")
+
+
+def test_where_there_are_no_iterations_prompts_stay():
+    """Each of lsp.py's steps takes its queries from one order of all prompts, which another source would change."""
+    run.Run("r", OfSteps(prompts="a.jsonl"))
+    with pytest.raises(UserError, match="now it is a.jsonl,b.jsonl; give the same --prompts or another --out"):
+        run.Run("r", OfSteps(steps=9, prompts="a.jsonl,b.jsonl"), resume=True)
 
 
 def test_a_directory_that_holds_a_run_is_not_touched_without_a_word():
@@ -533,6 +581,28 @@ def test_phases_add_up():
     with r.phase("judge"):
         pass
     assert set(r.seconds) == {"train", "judge"} and 0 < r.seconds["train"] < 1
+
+
+def test_a_summary_may_be_written_again_and_again(monkeypatch, capsys):
+    """Its total is the clock's at that moment, and no phase whose seconds would be counted with the others."""
+    clock = [100.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "STARTED", 100.0)
+    cpu = torch.device("cpu")
+    for resume, before in ((False, 0.0), (True, 20.0)):
+        clock[0] = 100.0                                                    # a new session
+        r = run.Run("r", Settings(), resume=resume)
+        for seconds in (10.0, 20.0):
+            with r.phase("train"):
+                clock[0] += 10.0
+            summary = r.write_summary("m", Settings(), "b", cpu, 1, [{"name": "base"}] * int(seconds))
+            assert summary == json.load(open("r/summary.json")) and len(summary["evaluations"]) == seconds
+            assert summary["seconds"] == {"train": before + seconds, "total": before + seconds}
+            r.save_state(iteration=0, step=1)
+        assert r.seconds == {"train": before + 20.0}
+        r.say_where()
+        total = f"seconds: train {before + 20:.0f}, total {before + 20:.0f}; wrote "
+        assert total in capsys.readouterr().out
 
 
 def test_environment_names_versions_and_hardware():
