@@ -7,6 +7,7 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
                iter-k/         (step-k/) each a complete Hugging Face checkpoint
+               tensorboard/    with --track tensorboard: the figures of metrics.jsonl and of the evaluations
                state/          what --resume needs: state.pt with a shard-*.pt for each rank, and the results of phases
                                that were finished, or begun; replaced atomically or appended to, so that a kill -9 at
                                any moment leaves a good one
@@ -19,11 +20,13 @@ repeat the uninterrupted one, on a CPU bit for bit (on a GPU sums are taken in n
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -35,6 +38,7 @@ import textwrap
 import time
 import types
 import typing
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -101,6 +105,9 @@ class CommonSettings:
     dtype: str = flag("auto",
         "float32 or bfloat16; auto: bfloat16 where native (the optimizer keeps float32 weights)",
         ("auto", "float32", "bfloat16"))
+    track: str = flag("",
+        "send every row of metrics.jsonl and every evaluation to tensorboard (files in the run's directory), wandb or "
+        "trackio too; each is a package of its own", ("tensorboard", "wandb", "trackio"))
     resume: bool = flag(False, "continue the run in --out from its last saved state")
     overwrite: bool = flag(False, "replace the run in --out")
 
@@ -447,6 +454,87 @@ def environment(device, ranks=1):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# trackers: the same figures on somebody's dashboard
+
+
+# --track: the module and what is used of it
+TRACKERS = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init"),
+            "trackio": ("trackio", "init")}
+
+
+def load_tracker(kind):
+    """What begins a run of a tracker: TensorBoard's SummaryWriter, or the function `init` of wandb or trackio.
+    Raises UserError where the package is not installed."""
+    module, name = TRACKERS[kind]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):   # the latter where a directory `wandb` passes for an empty module
+        raise UserError(f"--track {kind} needs the package {kind}; pip install {kind}, or leave --track out") from None
+
+
+def numbers_in(row, prefix=""):
+    """The numbers of a row of metrics.jsonl or of a table, as trackers want them: {name: number}, with "/" between the
+    names of nested ones. What is no number is left out; not a number (NaN) is one.
+
+    >>> numbers_in({"loss": 0.5, "name": "base", "accuracy": None, "tokens_per_second": {"sample": 9}, "styles": [1.0]})
+    {'loss': 0.5, 'tokens_per_second/sample': 9, 'styles/0': 1.0}
+    """
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= numbers_in(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+class Tracker:
+    """A run of --track's back end. The x axis of everything is the number of a row in metrics.jsonl, so that a resumed
+    run draws the same curve as an uninterrupted one. An evaluation stands at the last row before it.
+
+    A resumed run goes on in the same run of wandb or trackio, by the id in state/tracker.json. Rows that an interrupted
+    session wrote after its last saved state are made again, and sent again: TensorBoard drops the first ones, the
+    others show both. The back ends' own hooks end a run of wandb and trackio when the program ends.
+    """
+
+    def __init__(self, kind, out, config):
+        begin, self.kind, self.id = load_tracker(kind), kind, uuid.uuid4().hex[:8]
+        kept, name = os.path.join(out, "state", "tracker.json"), os.path.basename(os.path.abspath(out))
+        if os.path.exists(kept):
+            self.id = read_json(kept)["id"]
+        write_json(kept, {"id": self.id})
+        with open(os.path.join(out, "metrics.jsonl")) as file:
+            self.row = sum(1 for _ in file)
+        try:
+            if kind == "tensorboard":   # evaluations in a directory of their own: none of them is made again
+                self.rows = begin(os.path.join(out, kind), purge_step=self.row + 1, flush_secs=10)
+                self.evaluations = begin(os.path.join(out, kind, "evaluations"), flush_secs=10)
+                atexit.register(self.rows.close)
+                atexit.register(self.evaluations.close)
+            elif kind == "wandb":       # it wants rising steps, but takes any other figure as the x axis
+                self.run = begin(project="selfplay", name=name, id=self.id, resume="allow", dir=out, config=config)
+                self.run.define_metric("*", step_metric="row")
+            else:                       # trackio knows a run by its name alone
+                self.run = begin(project="selfplay", name=f"{name}-{self.id}", resume="allow", config=config)
+        except Exception as error:      # each has its own kinds: no account, no network, no room
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"--track {kind} could not begin ({why}); mend that, or leave --track out") from None
+
+    def send(self, numbers, evaluation=False):
+        """Send {name: number}: the next row of metrics.jsonl, or an evaluation."""
+        self.row += not evaluation
+        if self.kind == "tensorboard":
+            for name, value in numbers.items():
+                (self.evaluations if evaluation else self.rows).add_scalar(name, value, self.row)
+        elif self.kind == "wandb":
+            self.run.log({**numbers, "row": self.row})
+        else:
+            self.run.log(numbers, step=self.row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the run directory
 
 
@@ -455,15 +543,11 @@ MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table")
 # What may differ between the sessions or the machines of one run: nothing of it changes what is computed, but for the
 # order in which floating-point sums are taken.
 PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",
-           "print_every", "save_every")
-
-
+           "print_every", "save_every", "track")
 # What may be larger than before when a run is resumed, so that a finished run goes on.
 GROWING = ("iterations", "steps")
-
-
-# What a run writes into state/ before it has done anything that is worth resuming.
-SET_UP = {"validation.jsonl", "test.jsonl", "initial.json"}
+# What a run writes, into state/ or beside it, before it has done anything that is worth resuming.
+SET_UP = {"validation.jsonl", "test.jsonl", "initial.json", "tracker.json", "tensorboard", "wandb"}
 
 
 def lasting(settings):
@@ -472,8 +556,10 @@ def lasting(settings):
 
 
 def check_out(out, settings, resume, overwrite):
-    """Is `out` a run's directory? Raises UserError if this run must not touch it.
+    """Is `out` a run's directory? Raises UserError if this run must not touch it, or if --track lacks its package.
     Writes nothing: ask before long work."""
+    if getattr(settings, "track", ""):
+        load_tracker(settings.track)
     config = os.path.join(out, "config.json")
     if not os.path.isdir(out) or not os.listdir(out):
         return False
@@ -518,6 +604,7 @@ class Run:
     def __init__(self, out, settings, resume=False, overwrite=False, rank=0):
         self.out, self.rank, self.resumed, self.seconds, self.state = str(out), rank, resume, {}, None
         self.before = 0.0           # wall-clock seconds of the sessions that this one resumes
+        self.tracker = None
         if rank == 0:
             try:
                 self._prepare(settings, resume, overwrite)
@@ -532,6 +619,8 @@ class Run:
                 self.say(f"nothing to resume in {self.out}: starting afresh")
         if self.state is None and rank == 0:
             self._truncate(dict.fromkeys(self.JOURNALS, 0))
+        if rank == 0 and getattr(settings, "track", ""):
+            self.tracker = Tracker(settings.track, self.out, lasting(settings))
         barrier()
 
     def _prepare(self, settings, resume, overwrite):
@@ -586,10 +675,18 @@ class Run:
             sys.stdout.flush()
 
     def write(self, journal, row):
-        """Append one row to metrics.jsonl or samples.jsonl."""
+        """Append one row to metrics.jsonl or samples.jsonl. A tracker gets those of metrics.jsonl, as train/loss and so
+        on (the bare names `step` and `time` are some trackers' own)."""
         if self.rank == 0:
             with open(self.path(journal), "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.tracker and journal == "metrics.jsonl":
+                self.tracker.send(numbers_in(row, "train/"))
+
+    def track_evaluation(self, row):
+        """Send a row of the run's table, the dict with "name", to the tracker, if there is one: evaluation/win_rate."""
+        if self.tracker:
+            self.tracker.send(numbers_in(row, "evaluation/"), evaluation=True)
 
     def save_state(self, shard=None, **state):
         """Everything --resume needs: tensors, numbers, strings, lists and dicts, `iteration` and `step` among them.

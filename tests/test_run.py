@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -458,6 +460,164 @@ def test_a_state_that_would_run_code_is_not_loaded():
     with pytest.raises(UserError, match="UnpicklingError"):
         run.Run("r", Settings(), resume=True)
     assert not os.path.exists("trapped")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trackers. The packages are optional: modules of the same names that note every call stand in for them
+
+
+class Writer:
+    """TensorBoard's SummaryWriter."""
+
+    def __init__(self, log_dir, purge_step=None, flush_secs=120):
+        self.log_dir, self.calls = log_dir, Writer.calls
+        self.calls.append(("begin", log_dir, purge_step))
+
+    def add_scalar(self, name, value, step):
+        self.calls.append((self.log_dir, name, value, step))
+
+    def close(self):
+        self.calls.append(("close", self.log_dir))
+
+
+class Dashboard:
+    """A run of wandb or trackio."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def define_metric(self, name, step_metric):
+        self.calls.append(("x axis", name, step_metric))
+
+    def log(self, numbers, step=None):
+        self.calls.append((numbers, step))
+
+
+@pytest.fixture(params=sorted(run.TRACKERS))
+def tracked(request, monkeypatch):
+    """(a tracker's name, what it was called with, what is called at the end of the program)."""
+    calls, at_exit = [], []
+
+    def init(**given):
+        calls.append(given)
+        return Dashboard(calls)
+
+    monkeypatch.setattr(Writer, "calls", calls, raising=False)
+    monkeypatch.setattr(run.atexit, "register", at_exit.append)
+    monkeypatch.setitem(sys.modules, run.TRACKERS[request.param][0],
+                        types.SimpleNamespace(SummaryWriter=Writer, init=init))
+    return request.param, calls, at_exit
+
+
+def played(kind, resume=False, rank=0):
+    """A session of two rows and an evaluation, after the base's if it is the first; its saved state knows one row."""
+    r = run.Run("r", run.CommonSettings(track=kind), resume=resume, rank=rank)
+    if not resume:
+        r.track_evaluation({"name": "base", "win_rate": 0.5, "accuracy_sampled": None, "styles": [0.75, 0.25]})
+    r.write("metrics.jsonl", {"loss": 2.0, "tokens_per_second": {"sample": 9, "train": 4}})
+    if not resume:
+        r.save_state(iteration=0, step=1)
+    r.write("metrics.jsonl", {"loss": math.inf, "note": "text"})
+    r.write("samples.jsonl", {"prompt": "p", "reward": 1.0})
+    r.track_evaluation({"name": "step 2", "win_rate": 0.625})
+
+
+FIRST = {"train/loss": 2.0, "train/tokens_per_second/sample": 9, "train/tokens_per_second/train": 4}
+BASE = {"evaluation/win_rate": 0.5, "evaluation/styles/0": 0.75, "evaluation/styles/1": 0.25}
+
+
+def test_a_tracker_gets_every_row_and_every_evaluation(tracked):
+    """Also after a resume, which goes on in the same run, at the row that follows the last saved one."""
+    kind, calls, at_exit = tracked
+    played(kind)
+    first = calls[:]
+    calls.clear()
+    played(kind, resume=True)
+    second, id = calls, json.load(open("r/state/tracker.json"))["id"]
+    assert len(lines("r/metrics.jsonl")) == 3
+    sent = [(BASE, 0), (FIRST, 1), ({"train/loss": math.inf}, 2), ({"evaluation/win_rate": 0.625}, 2),
+            (FIRST, 2), ({"train/loss": math.inf}, 3), ({"evaluation/win_rate": 0.625}, 3)]
+    if kind == "tensorboard":
+        rows, table = os.path.join("r", kind), os.path.join("r", kind, "evaluations")
+        scalars = [[(rows if name.startswith("train/") else table, name, value, x)
+                    for numbers, x in part for name, value in numbers.items()] for part in (sent[:4], sent[4:])]
+        assert first == [("begin", rows, 1), ("begin", table, None), *scalars[0]]
+        assert second == [("begin", rows, 2), ("begin", table, None), *scalars[1]]  # row 2 of before is not shown
+        for end in at_exit[:2]:
+            end()
+        assert calls[-2:] == [("close", rows), ("close", table)]
+        return
+    config = json.load(open("r/config.json"))
+    begin = {"project": "selfplay", "name": "r", "id": id, "resume": "allow", "dir": "r", "config": config}
+    if kind == "trackio":
+        begin = {"project": "selfplay", "name": f"r-{id}", "resume": "allow", "config": config}
+        assert first == [begin, *sent[:4]] and second == [begin, *sent[4:]]
+    else:
+        sent = [({**numbers, "row": x}, None) for numbers, x in sent]
+        assert first == [begin, ("x axis", "*", "row"), *sent[:4]]
+        assert second == [begin, ("x axis", "*", "row"), *sent[4:]]
+
+
+def test_a_number_that_is_none_reaches_the_tracker_too(tracked):
+    kind, calls, _ = tracked
+    run.Run("r", run.CommonSettings(track=kind)).write("metrics.jsonl", {"loss": math.nan})
+    assert "nan" in str(calls[-1])
+
+
+def test_one_rank_tracks_and_off_is_off(tracked):
+    kind, calls, _ = tracked
+    run.Run("r", run.CommonSettings())
+    played(kind, rank=1)
+    played("", resume=True)
+    assert calls == [] and not os.path.exists("r/state/tracker.json")
+
+
+def test_another_directory_is_another_run(tracked):
+    kind, _, _ = tracked
+    ids = set()
+    for out, overwrite in (("a/r", False), ("b/r", False), ("b/r", True)):
+        run.Run(out, run.CommonSettings(track=kind), overwrite=overwrite)
+        ids.add(json.load(open(f"{out}/state/tracker.json"))["id"])
+    assert len(ids) == 3
+
+
+def test_a_run_may_change_its_tracker(tracked, capsys):
+    """It changes no figure. And its files are nothing that was begun."""
+    kind, _, _ = tracked
+    run.Run("r", run.CommonSettings())
+    run.Run("r", run.CommonSettings(track=kind), resume=True)
+    for directory in ("tensorboard", "wandb"):                          # trackio keeps its files elsewhere
+        os.mkdir(os.path.join("r", directory))
+    capsys.readouterr()
+    assert run.Run("r", run.CommonSettings(), resume=True).tracker is None
+    assert "starting afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", sorted(run.TRACKERS))
+@pytest.mark.parametrize("module", [None, types.SimpleNamespace()])    # not there; or a directory of that name is
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(kind, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, run.TRACKERS[kind][0], module)
+    with pytest.raises(UserError, match=f"--track {kind} needs the package {kind}; pip install {kind}, or leave"):
+        run.check_out("r", run.CommonSettings(track=kind), False, False)
+    with pytest.raises(UserError, match=f"pip install {kind}"):
+        run.Run("r", run.CommonSettings(track=kind))
+    assert not os.path.exists("r")
+
+
+@pytest.mark.parametrize("kind", sorted(run.TRACKERS))
+def test_a_tracker_that_cannot_begin_is_one_sentence(kind, monkeypatch):
+    def no(*args, **given):
+        raise RuntimeError("No API key.\nSecond line")
+
+    monkeypatch.setitem(sys.modules, run.TRACKERS[kind][0], types.SimpleNamespace(SummaryWriter=no, init=no))
+    with pytest.raises(UserError, match=rf"--track {kind} could not begin \(No API key\); mend that, or leave --track"):
+        run.Run("r", run.CommonSettings(track=kind))
+
+
+def test_an_unknown_tracker_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        run.parse(run.CommonSettings, ["--track", "notebook"], "")
+    assert end.value.code == 2 and "--track" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
