@@ -12,9 +12,10 @@ small reader per layout turns a row into a key and texts; two loops, `read_quest
 
 import dataclasses
 import os
+import re
 
 import run
-from chat import hub_rows, prompt_of, read_prompts, read_rows
+from chat import HUB, Prompt, hub_rows, prompt_of, read_prompts, read_rows, stored, turns_of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ from chat import hub_rows, prompt_of, read_prompts, read_rows
 class Question:
     """One question of a benchmark."""
     key: str | int              # what an answer is matched by
-    turns: list                 # what the user says: one text, MT-Bench's two
+    turns: list                 # what the user says: one text (or a conversation, chat.Prompt), MT-Bench's two
     category: str               # "" where the file has none
     reference: list | None      # right answers, one for each turn, where the file has them
     row: dict                   # the whole row of the file
@@ -34,8 +35,8 @@ class Question:
 def read_questions(path, format):
     """A benchmark's questions: a list of Question.
 
-    path: a .jsonl or .json file; alpaca and jsonl also take what `chat.read_prompts` takes, a .txt file or a hub data
-    set. A question that stands twice is dropped in the format alpaca, and refused in mtbench and arena.
+    path: a .jsonl or .json file, or what else `chat.read_prompts` takes: a .txt or .parquet file, or a hub data set. A
+    question that stands twice is dropped in the format alpaca, and refused in mtbench and arena.
     Raises UserError, naming the file and the line.
     """
     read, questions = QUESTION_READERS[format], {}
@@ -57,11 +58,11 @@ def read_questions(path, format):
 
 
 def _question_rows(path):
-    """[(where, row)] of a .jsonl or .json file, of a .txt file with one prompt a line, or of a hub data set."""
+    """[(where, row)] of a .jsonl or .json file, of another file of prompts, or of a hub data set."""
     if path.removesuffix(".gz").endswith((".jsonl", ".json")):
         return read_rows("--prompts", path)
-    if os.path.exists(path):
-        return [(f"prompt {i}", {"prompt": prompt}) for i, prompt in enumerate(read_prompts(path), 1)]
+    if os.path.exists(path) or not HUB.fullmatch(path):
+        return [(f"prompt {i}", {**p.row, "prompt": stored(p)}) for i, p in enumerate(read_prompts(path), 1)]
     return [(f"row {i}", dict(row)) for i, row in enumerate(hub_rows(path, "--prompts"), 1)]
 
 
@@ -129,8 +130,9 @@ def _unusable(path, where, why):
 def answer_row(format, name, question, reply):
     """One row of a benchmark's answer file: what the model called `name` replied to a Question.
 
-    reply: {turns: texts, tokens: their lengths, finish: "stop" or "length"}, one entry a turn. Ids are hashes and the
-    time stamp is 0, so that one seed gives one file, byte for byte.
+    reply: what `generate` keeps of an answer, lists with one entry a turn: turns, the texts; tokens, how many were
+    sampled; answer_tokens, how many of them are in the text; finish, why it ended, "stop" or "length" (an endpoint may
+    have other words). Ids are hashes and the time stamp is 0, so that one seed gives one file, byte for byte.
     """
     text = reply["turns"][0]
     answer_id = f"{run.stream(name, question.key, reply['turns']):016x}"
@@ -142,11 +144,31 @@ def answer_row(format, name, question, reply):
                 "choices": [{"index": 0, "turns": reply["turns"]}], "tstamp": 0.0}
     if format == "arena":
         return {"uid": question.key, "ans_id": answer_id, "model": name,
-                "messages": [{"role": "user", "content": question.turns[0]},
-                             {"role": "assistant", "content": {"answer": text}}],
-                "metadata": {"token_len": reply["tokens"][0]}}
-    return {**question.row, "prompt": question.turns[0], "output": text, "generator": name,
+                "messages": [*turns_of(question.turns[0]), {"role": "assistant", "content": {"answer": text}}],
+                "metadata": {"token_len": reply["answer_tokens"][0], **style_counts(text)}}
+    return {**question.row, "prompt": stored(question.turns[0]), "output": text, "generator": name,
             "tokens": reply["tokens"][0], "finish": reply["finish"][0]}
+
+
+def style_counts(text):
+    """How much Markdown an answer has: {header_count, list_count, bold_count}, which Arena-Hard's style control reads.
+
+    The rules are those of Arena-Hard-Auto's utils/add_markdown_info.py. What stands inside a code block does not count,
+    nor does it anywhere else where the answer repeats it word for word.
+
+    >>> style_counts("# Plan\\n- **buy** it\\n1. pay\\n```\\n# no header\\n```")    # doctest: +NORMALIZE_WHITESPACE
+    {'header_count': {'h1': 1, 'h2': 0, 'h3': 0, 'h4': 0, 'h5': 0, 'h6': 0},
+     'list_count': {'ordered': 1, 'unordered': 1}, 'bold_count': {'**': 1, '__': 0}}
+    """
+    for code in re.findall("```([^`]*)```", text):
+        text = text.replace(code, "")
+
+    def count(pattern):
+        return len(re.findall(pattern, text, re.MULTILINE))
+
+    return {"header_count": {f"h{level}": count(rf"^#{{{level}}}\s") for level in range(1, 7)},
+            "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
+            "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")}}
 
 
 @dataclasses.dataclass
@@ -173,7 +195,7 @@ def read_answers(path, flag, mode):
                 raise TypeError
             if not isinstance(key, (str, int)):
                 raise TypeError
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, IndexError, ValueError):
             raise run.UserError(f"{flag} {path}, {where}: no answer that --mode {mode} can read; every row needs "
                                 f"{fields}") from None
         key = str(key) if mode == "arena" else key          # as its questions' keys are
@@ -189,7 +211,8 @@ def _content(turn):
 
 def _read_alpaca_answer(row):
     # generate's jsonl keeps `instruction` without its `input`, but has the whole of it in `prompt`
-    return row["prompt" if "prompt" in row else "instruction"], [row["output"]], row["generator"]
+    prompt = row["prompt" if "prompt" in row else "instruction"]
+    return str(Prompt(prompt)) if isinstance(prompt, list) else prompt, [row["output"]], row["generator"]
 
 
 def _read_mtbench_answer(row):

@@ -8,6 +8,9 @@
 Each mode is a class below: `.questions` is what is to be asked, and `.rows(replies)` makes the benchmark's own rows of
 the replies. Who is asked is the other choice, --judge: a model that runs here or an endpoint, which read text, or one
 of prefmodel.py's judges of pairs. A reply that cannot be read is kept as such, counted, and left out of the scores.
+
+On disk a reply is {"says": a text, or the probability of m, or null; "prompt_tokens", "completion_tokens"}, so that
+the report can say what the judging cost, also after an interruption.
 """
 
 import dataclasses
@@ -22,10 +25,10 @@ import prefmodel
 import rollout
 import run
 import winrate
-from benchmarks.endpoint import Endpoint
+from benchmarks.endpoint import Endpoint, EndpointSettings
 from benchmarks.formats import read_answers, read_questions
 from benchmarks.replies import Replies, batches
-from chat import fill, load_checkpoint, placeholders, read_template
+from chat import Prompt, fill, load_checkpoint, placeholders, read_template, read_text, without_thinking
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +85,7 @@ Explain it in a few sentences. If a correct answer is given for comparison, name
 with a whole number from 1 (useless) to 10 (excellent) in double brackets, for instance [[5]]."""
 
 JUDGE_PROMPTS = {"pairwise": PAIRWISE_PROMPT, "arena": ARENA_PROMPT, "single": SINGLE_PROMPT}
+MAX_TOKENS = 2048                                               # of a judge's reply, FastChat's
 MT_BENCH_WITH_REFERENCE = ("math", "reasoning", "coding")       # categories whose answers can be right or wrong
 
 
@@ -90,8 +94,9 @@ MT_BENCH_WITH_REFERENCE = ("math", "reasoning", "coding")       # categories who
 
 
 @dataclasses.dataclass
-class JudgeSettings:
+class JudgeSettings(EndpointSettings):
     """Flags of `python eval.py judge`."""
+    COMMAND = "eval.py judge"
     answers: str = run.flag("", "the answer file to be judged, as generate writes it (needed)", needed=True)
     reference: str = run.flag("", "whom it plays against: the baseline's answer file (pairwise and arena: needed); "
                                   "single: right answers as an answer file [the questions' own `reference`]")
@@ -106,14 +111,10 @@ class JudgeSettings:
                         needed=True)
     judge_prompt: str = run.flag("", "file with another text for judges that read text; its placeholders: " + "; ".join(
         " ".join([mode, *re.findall(r"\{\w+\}", text)]) for mode, text in JUDGE_PROMPTS.items()))
+    judge_system: str = run.flag("", "file with a system prompt for judges that read text [none]")
+    judge_max_tokens: int | None = run.flag(None, "arena and single: tokens of a judge's reply, its thinking included "
+                                                  f"[{MAX_TOKENS}]", at_least=1)
     both_orders: bool = run.flag(False, "pairwise: ask in both orders and take the mean [one order, by lot]")
-    base_url: str = run.flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
-                                 "[https://api.openai.com/v1]")
-    workers: int = run.flag(8, "api: requests under way at once", at_least=1)
-    timeout: float = run.flag(120.0, "api: seconds to wait for a reply", above=0)
-    retries: int = run.flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply",
-                            at_least=0)
-    max_new_tokens: int = run.flag(2048, "arena and single: tokens of a judge's reply", at_least=1)
     batch: int = run.flag(64, "judgments between two writes, for judges that run here", at_least=1)
     max_rows: int = run.flag(64, "a judging model's replies sampled at once", at_least=1)
     seed: int = run.flag(0, "seed of the order in which a pair is shown; it depends on the pair, not on its place")
@@ -126,23 +127,19 @@ def main(argv):
     """Judge every answer that has no judgment yet, and write --out when all have one."""
     args = run.parse(JudgeSettings, argv, "judge a benchmark's answers and write its own file of judgments")
     kind, path = _check_judge(args)
-    template = None                                     # a judge of pairs is shown the texts themselves
-    if kind in ("model", "api"):
-        default = JUDGE_PROMPTS[args.mode]
-        template = read_template("--judge-prompt", args.judge_prompt, default, placeholders(default))
-    task = MODES[args.mode](args, template)
+    args = dataclasses.replace(args, judge_max_tokens=args.judge_max_tokens or MAX_TOKENS)
+    task = MODES[args.mode](args, _poser(args) if kind in ("model", "api") else None)
+    questions = task.questions
     ask = {"model": _ask_model, "api": _ask_endpoint}.get(kind, _ask_judge_of_pairs)
-    replies = Replies(args.out, args, task.questions)
-    now = len(replies.missing(len(task.questions)))
+    replies = Replies(args.out, args, questions)
+    now = len(replies.missing(len(questions)))
     if not replies.report:
-        found = replies.collect(len(task.questions), lambda n: ask(args, path, task.questions, n), "judging")
-        rows, unreadable = task.rows(found)
-        replies.finish(rows, {"rows": len(rows), "judgments": len(task.questions), "unreadable": unreadable},
+        found = replies.collect(len(questions), lambda n: ask(args, path, questions, n), "judging")
+        rows, counts = task.rows([reply["says"] for reply in found])
+        replies.finish(rows, {"rows": len(rows), "judgments": len(questions), **counts, **_spent(found)},
                        as_list=args.mode == "pairwise")
     report = {"out": args.out, "mode": args.mode, "judge": args.judge, **replies.report, "judged_now": now}
-    print(json.dumps(report) if args.json else
-          "{out}: {rows} rows by {judge} ({judgments} judgments, {judged_now} of them now), {unreadable} without a "
-          "readable verdict".format(**report))
+    print(json.dumps(report) if args.json else _as_text(report))
 
 
 def _check_judge(args):
@@ -161,8 +158,13 @@ def _check_judge(args):
                             "or --mode pairwise")
     if args.prompts and args.mode == "pairwise":
         raise run.UserError("--prompts is for --mode arena and single; leave it out")
-    if of_pairs and args.judge_prompt:
-        raise run.UserError(f"--judge-prompt is for judges that read text; leave it out with --judge {kind}")
+    for name in ("judge_prompt", "judge_system", "template_option"):
+        if of_pairs and getattr(args, name):
+            raise run.UserError(f"--{name.replace('_', '-')} is for judges that read text; leave it out with --judge "
+                                f"{kind}")
+    if args.judge_max_tokens and args.mode == "pairwise":
+        raise run.UserError("--judge-max-tokens is for --mode arena and single, a pairwise verdict is one token; leave "
+                            "it out")
     if args.both_orders and (of_pairs or args.mode != "pairwise"):
         raise run.UserError("--both-orders is for --mode pairwise with a judge that reads text; leave it out, others "
                             "need no telling")
@@ -171,28 +173,73 @@ def _check_judge(args):
     return kind, path
 
 
+def _poser(args):
+    """A function of the placeholders' values that makes a question for a judge that reads text: a conversation (Prompt)
+    of --judge-system, if any, and one user turn out of --judge-prompt."""
+    default = JUDGE_PROMPTS[args.mode]
+    template = read_template("--judge-prompt", args.judge_prompt, default, placeholders(default))
+    system = read_text("--judge-system", args.judge_system).strip() if args.judge_system else ""
+    before = [{"role": "system", "content": system}] if system else []
+    return lambda **values: Prompt([*before, {"role": "user", "content": fill(template, **values)}])
+
+
+def _spent(found):
+    """How many tokens the judge read and wrote in all replies; None where no reply says it."""
+    spent = {}
+    for name in ("prompt_tokens", "completion_tokens"):
+        known = [reply[name] for reply in found if reply.get(name) is not None]
+        spent[name] = sum(known) if known else None
+    return spent
+
+
+def _as_text(report):
+    parts = ["{out}: {rows} rows by {judge} ({judgments} judgments, {judged_now} of them now), {unreadable} without a "
+             "readable verdict"]
+    if report.get("identical"):
+        parts.append("{identical} pairs of identical answers not asked about")
+    if report["prompt_tokens"] is not None:
+        parts.append("{prompt_tokens} tokens read and {completion_tokens} written")
+    return ", ".join(parts).format(**report)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a judge's text says
 
 
-def parse_verdict(text):
-    """The last [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]] of a judge's reply, None without one.
+LABELS = r"A(?:>>|>|=|<|<<)B|B(?:>>|>|=|<|<<)A"
 
-    >>> parse_verdict("At first [[A>B]], but B is wrong less often: [[B>A]]")
-    'B>A'
+
+def parse_verdict(text):
+    """The label of an Arena-Hard judge's reply: A>>B, A>B, A=B, B>A or B>>A, or one of the same turned round (A<B is
+    B>A; arena.py knows them all). None without one.
+
+    As Arena-Hard v2.0's get_score: letters of either case, the last label in double brackets, and only where there is
+    none the last in single ones. v0.1 wanted upper case and double brackets, and all labels of a reply to be the same.
+    Beyond both, what is no label, such as [[A]] or [B], is passed over, and thinking is not read.
+
+    >>> parse_verdict("At first [[A>B]], but B is wrong less often: [[b>a]]"), parse_verdict("[A>B], no: [A<<B].")
+    ('B>A', 'A<<B')
     """
-    found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]", text)
-    return found[-1] if found else None
+    text = without_thinking(text).upper()
+    for pattern in (rf"\[\[({LABELS})\]\]", rf"\[({LABELS})\]"):
+        found = re.findall(pattern, text)
+        if found:
+            return found[-1]
+    return None
 
 
 def parse_rating(text):
-    """The last [[x]] of a judge's reply, a number from 1 to 10; -1 without one (MT-Bench leaves those out).
+    """The rating in an MT-Bench judge's reply, a number from 1 to 10; -1 without one (MT-Bench leaves those out).
 
-    >>> parse_rating("Correct, but terse. [[7]]"), parse_rating("Rating: 7"), parse_rating("[[70]]")
-    (7.0, -1, -1)
+    As FastChat's run_judge_single: the first [[x]], and only where there is none the first [x]. Beyond it, a number
+    that is no rating counts as none, and thinking is not read.
+
+    >>> [parse_rating(text) for text in ("Correct, but terse. [[7]]", "Rating: [7.5]", "7", "[[70]]")]
+    [7.0, 7.5, -1, -1]
     """
-    found = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else -1
+    text = without_thinking(text)
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,43 +251,46 @@ class Pairwise:
 
     Which answer is m is drawn by lot for each pair, because judges favour a place; with --both-orders a pair is asked
     twice. For judges of pairs, which read both orders themselves, m is always the model's, and a question is
-    (instruction, (m, M)) in place of a text.
+    (instruction, (m, M)) in place of a text. Two answers that are the same are a tie without being asked about, as in
+    alpaca_eval, whatever the judge.
     """
 
-    def __init__(self, args, template):
+    def __init__(self, args, pose):
         self.args = args
         self.ours, self.theirs = _two_players(args)
         winrate.check_world_prompts(args.judge, list(self.ours), "--answers")
-        self.questions, self.ours_is_m = [], []
+        self.questions, self.asked_about = [], []       # asked_about: (instruction, whether our answer is m)
         for instruction, mine in self.ours.items():
             answer, other = mine.turns[0], self.theirs[instruction].turns[0]
-            first = template is None or bool(run.stream(args.seed, "order", instruction, other, answer) & 1)
-            for ours_is_m in ([first, not first] if args.both_orders else [first]):
+            first = pose is None or bool(run.stream(args.seed, "order", instruction, other, answer) & 1)
+            orders = [first, not first] if args.both_orders else [first]
+            for ours_is_m in orders if answer != other else []:
                 m, M = (answer, other) if ours_is_m else (other, answer)
-                self.ours_is_m.append(ours_is_m)
-                self.questions.append((instruction, (m, M)) if template is None else
-                                      fill(template, instruction=instruction, output_m=m, output_M=M))
+                self.asked_about.append((instruction, ours_is_m))
+                self.questions.append(pose(instruction=instruction, output_m=m, output_M=M) if pose else
+                                      (instruction, (m, M)))
 
     def rows(self, replies):
-        """(AlpacaEval's annotations, number of unreadable replies). A preference of 2 means that the model wins; null
-        where one of its replies could not be read."""
-        wins = []
-        for p, ours_is_m in zip(replies, self.ours_is_m):
-            wins.append(p if p is None or ours_is_m else 1 - p)
-        rows, n = [], 2 if self.args.both_orders else 1
-        for b, (instruction, mine) in enumerate(self.ours.items()):
-            other, of_this_pair = self.theirs[instruction], wins[n * b:n * (b + 1)]
+        """(AlpacaEval's annotations, counts). A preference of 2 means that the model wins, 1.5 a tie, as of identical
+        answers; null where one of its replies could not be read."""
+        wins = {instruction: [] for instruction in self.ours}
+        for p, (instruction, ours_is_m) in zip(replies, self.asked_about):
+            wins[instruction].append(p if p is None or ours_is_m else 1 - p)
+        rows = []
+        for instruction, mine in self.ours.items():
+            other, of_this_pair = self.theirs[instruction], wins[instruction] or [0.5]
+            share = None if None in of_this_pair else sum(of_this_pair) / len(of_this_pair)
             rows.append({"dataset": mine.row.get("dataset", "custom"), "instruction": instruction,
                          "output_1": other.turns[0], "generator_1": other.name,
                          "output_2": mine.turns[0], "generator_2": mine.name, "annotator": _judge_name(self.args),
-                         "preference": None if None in of_this_pair else 1 + sum(of_this_pair) / n})
-        return rows, wins.count(None)
+                         "preference": None if share is None else 1 + share})
+        return rows, {"unreadable": replies.count(None), "identical": sum(not asked for asked in wins.values())}
 
 
 class Arena:
     """Arena-Hard: two games a question, the model is B in the first, A in the second. A reply is the judge's text."""
 
-    def __init__(self, args, template):
+    def __init__(self, args, pose):
         self.args = args
         self.ours, self.theirs = _two_players(args)
         self.asked = _asked(args, "arena", self.ours)
@@ -248,24 +298,24 @@ class Arena:
         for uid, mine in self.ours.items():
             answer, other = mine.turns[0], self.theirs[uid].turns[0]
             for A, B in ((other, answer), (answer, other)):
-                self.questions.append(fill(template, question=self.asked[uid].turns[0], answer_A=A, answer_B=B))
+                self.questions.append(pose(question=self.asked[uid].turns[0], answer_A=A, answer_B=B))
 
     def rows(self, replies):
-        """(Arena-Hard's judgments, number of unreadable replies); a score is null where its label is missing."""
+        """(Arena-Hard's judgments, counts); a score is null where its label is missing."""
         games = [{"score": parse_verdict(text), "judgment": {"answer": text},
-                  "prompt": [{"role": "user", "content": question}]} for text, question in zip(replies, self.questions)]
+                  "prompt": question.turns} for text, question in zip(replies, self.questions)]
         rows = []
         for b, (uid, mine) in enumerate(self.ours.items()):
             rows.append({"uid": uid, "category": self.asked[uid].category, "judge": _judge_name(self.args),
                          "model": mine.name, "baseline": self.theirs[uid].name, "games": games[2 * b:2 * b + 2]})
-        return rows, sum(game["score"] is None for game in games)
+        return rows, {"unreadable": sum(game["score"] is None for game in games)}
 
 
 class Single:
     """MT-Bench: a question for each of an answer's two turns, the conversation so far before it. A reply is the judge's
     text. Right answers are shown for the categories that have them."""
 
-    def __init__(self, args, template):
+    def __init__(self, args, pose):
         self.args = args
         ours = read_answers(args.answers, "--answers", args.mode)
         asked = _asked(args, "mtbench", ours)
@@ -282,15 +332,17 @@ class Single:
             prompt_name = "single-math-v1" if shown else "single-v1"        # FastChat's names for the two cases
             for turn in (1, 2):
                 conversation = _conversation(asked[key].turns[:turn], mine.turns[:turn])
-                self.questions.append(fill(template, conversation=conversation, reference=_reference(shown, turn)))
+                self.questions.append(pose(conversation=conversation, reference=_reference(shown, turn)))
                 self.plan.append((key, mine.name, turn, prompt_name + ("-multi-turn" if turn == 2 else "")))
 
     def rows(self, replies):
-        """(MT-Bench's judgments, number of unreadable replies, whose score is -1)."""
-        rows = [{"question_id": key, "model": name, "judge": [_judge_name(self.args), prompt_name],
-                 "user_prompt": question, "judgment": text, "score": parse_rating(text), "turn": turn, "tstamp": 0.0}
-                for (key, name, turn, prompt_name), question, text in zip(self.plan, self.questions, replies)]
-        return rows, sum(row["score"] == -1 for row in rows)
+        """(MT-Bench's judgments, counts); a score is -1 where it could not be read."""
+        rows = []
+        for (key, name, turn, prompt_name), question, text in zip(self.plan, self.questions, replies):
+            rows.append({"question_id": key, "model": name, "judge": [_judge_name(self.args), prompt_name],
+                         "user_prompt": question.turns[-1]["content"], "judgment": text, "score": parse_rating(text),
+                         "turn": turn, "tstamp": 0.0})
+        return rows, {"unreadable": sum(row["score"] == -1 for row in rows)}
 
 
 MODES = {"pairwise": Pairwise, "arena": Arena, "single": Single}
@@ -349,41 +401,53 @@ def _judge_name(args):
 
 
 def _ask_judge_of_pairs(args, path, questions, numbers):
-    """By prefmodel's judges: a reply is P(first beats second)."""
+    """By prefmodel's judges: a reply says P(first beats second)."""
     judge = prefmodel.load(args.judge, "pairwise", *run.device_and_dtype(args.device, args.dtype))
     for batch in batches(numbers, args.batch):
         prompts, pairs = [questions[n][0] for n in batch], [list(questions[n][1]) for n in batch]
         P = judge.preference(prompts, pairs)                                                    # [B, 2, 2]
-        yield list(zip(batch, P[:, 0, 1].tolist()))
+        yield [(n, {"says": p}) for n, p in zip(batch, P[:, 0, 1].tolist())]
 
 
 def _ask_endpoint(args, name, questions, numbers):
-    """By a model behind an address: a reply is its text, or (pairwise) the share of m."""
-    endpoint = Endpoint(name, args.base_url or "https://api.openai.com/v1", args.timeout, args.retries)
+    """By a model behind an address: a reply says its text, or (pairwise) the share of m."""
+    endpoint = Endpoint("--judge", name, args)
 
     def put(n):
         if args.mode == "pairwise":
-            return endpoint.share(questions[n])
-        return endpoint.write(questions[n], args.max_new_tokens)
+            reply = endpoint.share(questions[n].turns)
+            says = reply["p"]
+        else:
+            reply = endpoint.write(questions[n].turns, args.judge_max_tokens)
+            says = reply["text"]
+        return {"says": says, "prompt_tokens": reply["prompt_tokens"], "completion_tokens": reply["completion_tokens"]}
 
     return endpoint.ask_all(put, numbers, args.workers)
 
 
 def _ask_model(args, path, questions, numbers):
-    """By a model that runs here: a reply is its text, decoded greedily, or (pairwise) the share of m."""
-    net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype))
+    """By a model that runs here: a reply says its text, decoded greedily, or (pairwise) the share of m."""
+    net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype), args.template_option)
     pairwise = args.mode == "pairwise"
-    texts = [questions[n] for n in numbers]
-    ids = dict(zip(numbers, chat.encode_all(texts, 0, 1 if pairwise else args.max_new_tokens)))
+    room = 1 if pairwise else args.judge_max_tokens
+    ids = {n: chat.encode(questions[n]) for n in numbers}
+    for n in numbers:                                   # before anything is judged
+        if len(ids[n]) + room > chat.context:
+            raise run.UserError(f"--judge model:{path} has a context of {chat.context} tokens, and one question takes "
+                                f"{len(ids[n])} and its verdict up to {room}; lower --judge-max-tokens or give another "
+                                "judge")
     labels = [_label_ids(chat.tokenizer, label, path) for label in "mM"] if pairwise else None
     for batch in batches(numbers, args.batch):
         prompts = [ids[n] for n in batch]
         if pairwise:
-            yield list(zip(batch, label_shares(net, prompts, *labels)))
+            says, written = label_shares(net, prompts, *labels), [1] * len(batch)
         else:
-            samples = rollout.generate(net, prompts, 1, args.max_new_tokens, temperature=0, stop_ids=chat.stop_ids,
+            samples = rollout.generate(net, prompts, 1, args.judge_max_tokens, temperature=0, stop_ids=chat.stop_ids,
                                        max_rows=args.max_rows)
-            yield [(n, chat.decode(tokens[0])) for n, tokens in zip(batch, samples.tokens)]
+            says = [chat.decode(tokens[0]) for tokens in samples.tokens]
+            written = [len(tokens[0]) for tokens in samples.tokens]
+        yield [(n, {"says": said, "prompt_tokens": len(ids[n]), "completion_tokens": count})
+               for n, said, count in zip(batch, says, written)]
 
 
 def _label_ids(tokenizer, label, path):
@@ -403,17 +467,20 @@ def _label_ids(tokenizer, label, path):
 def label_shares(net, prompts, m, M, top=5, batch_tokens=16384):
     """p(m) / (p(m) + p(M)) for the next token after each of B prompts (lists of ids): a list of B floats in [0, 1].
 
-    m, M: the ids that spell each label; their probabilities add up. None where none of them is among the `top`
-    likeliest tokens: a model that would say something else has no opinion to be read (an endpoint shows no more).
-    batch_tokens bounds a forward pass.
+    m, M: the ids that spell each label; their probabilities add up. What is not among the `top` likeliest tokens counts
+    with probability 0, and a share is None if no label is among them: alpaca_eval's rule, whose endpoint shows five,
+    so that one model gives one verdict here and behind an endpoint (Endpoint.share). batch_tokens bounds a forward
+    pass.
     """
     shares = [None] * len(prompts)
+    ours = torch.tensor(m, device=net.device)
+    theirs = torch.tensor(M, device=net.device)
     for batch in prefmodel.batches_by_length([len(p) for p in prompts], batch_tokens):
         view = model.SharedPrefix([prompts[b] for b in batch], [[] for _ in batch], net.device)
         logits = net.logits(net(view.tokens, view)[view.prompt_last])                       # [B, V]
-        likeliest = logits.topk(min(top, logits.shape[-1])).indices
-        seen = torch.isin(likeliest, torch.tensor([*m, *M], device=net.device)).any(-1)
-        share = torch.sigmoid(logits[:, m].logsumexp(-1) - logits[:, M].logsumexp(-1))
-        for b, readable, p in zip(batch, seen.tolist(), share.tolist()):
-            shares[b] = p if readable else None
+        likeliest, ids = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))        # [B, top]
+        p_m = (likeliest * torch.isin(ids, ours)).sum(-1)
+        p_M = (likeliest * torch.isin(ids, theirs)).sum(-1)
+        for b, p, q in zip(batch, p_m.tolist(), p_M.tolist()):
+            shares[b] = p / (p + q) if p + q > 0 else None
     return shares

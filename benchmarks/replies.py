@@ -20,8 +20,8 @@ import run
 
 
 # Flags that may differ between the calls that fill one --out: they change no reply, or name files whose contents count
-PASSING = ("preset", "prompts", "answers", "reference", "judge_prompt", "out", "json", "batch", "max_rows", "device",
-           "base_url", "workers", "timeout", "retries")
+PASSING = ("preset", "prompts", "answers", "reference", "judge_prompt", "judge_system", "out", "json", "batch",
+           "max_rows", "device", "base_url", "workers", "timeout", "retries")
 
 
 class Replies:
