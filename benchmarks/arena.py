@@ -11,12 +11,13 @@ import json
 import numpy as np
 
 import run
-from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments
+from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments, table
 
 
 @dataclasses.dataclass
 class ArenaSettings(JudgmentSettings):
     """Flags of `python eval.py arena`."""
+    COMMAND = "eval.py arena"
     seed: int = run.flag(0, "seed of the bootstrap")
 
 
@@ -54,12 +55,12 @@ def main(argv):
     """Print the score of each model, by category and then the best first (in v2.0 each category has a baseline of its
     own: they are never pooled)."""
     args, paths = parse_with_files(ArenaSettings, argv,
-                                   "Arena-Hard-Auto: score against the baseline, with its interval")
+                                   "Arena-Hard-Auto: score against the baseline in percent, with its interval")
     rows = [(where, _complete(where, row)) for where, row in read_judgments(paths, FIELDS)]
     models = group(rows, by=["category", "model"], key=["uid"])
     results = [_result(category, name, played, args.seed) for (category, name), played in models.items()]
-    for result in sorted(results, key=lambda r: (r["category"], -r["score"])):
-        print(json.dumps(result) if args.json else _as_text(result))
+    results.sort(key=lambda r: (str(r["category"]), -r["score"]))
+    print("\n".join(map(json.dumps, results)) if args.json else _as_text(results))
 
 
 def _complete(where, row):
@@ -92,8 +93,11 @@ def _result(category, name, rows, seed):
             **arena_scores(labels, run.stream(seed, "arena", category, name)), "n_dropped": len(rows) - len(labels)}
 
 
-def _as_text(result):
-    low, high = result["interval"]
-    return (f"{result['model']}, {result['category'] or 'no category'}: {result['score']:.1f} % (90 % interval "
-            f"{low:.1f} to {high:.1f}) against {result['baseline']}; {result['n_prompts']} prompts, "
-            f"{result['n_dropped']} without both verdicts dropped")
+def _as_text(results):
+    """A row for each model in each category, percent; 5 % and 95 % are the ends of the interval."""
+    rows = []
+    for result in results:
+        figures = [f"{percent:.1f}" for percent in (result["score"], *result["interval"])]
+        rows.append([result["category"] or "-", result["model"], result["baseline"], *figures, result["n_prompts"],
+                     result["n_dropped"]])
+    return table(["category", "model", "baseline", "score %", "5 %", "95 %", "prompts", "without both verdicts"], rows)

@@ -1,6 +1,8 @@
-"""Judgment files of MT-Bench and Arena-Hard: several of them behind one flag, by one judge, none counted twice."""
+"""Judgment files of MT-Bench and Arena-Hard: several of them behind one flag, by one judge, none counted twice; and the
+table that their figures are printed as."""
 
 import dataclasses
+import re
 
 import run
 from chat import read_rows
@@ -11,7 +13,7 @@ class JudgmentSettings:
     """Flags that `python eval.py mtbench` and `arena` share."""
     judgments: str = run.flag("", "the benchmark's model_judgment .jsonl by one judge; several as A B C after one "
                                   "--judgments (needed)", needed=True)
-    json: bool = run.flag(False, "print one JSON object a line, each what a line of text stands for")
+    json: bool = run.flag(False, "print one JSON object a line, all the figures of a model and category")
 
 
 def parse_with_files(settings_class, argv, description):
@@ -63,3 +65,21 @@ def group(rows, by, key):
         seen.add(this)
         groups.setdefault(this[:len(by)], []).append((where, row))
     return groups
+
+
+def table(headings, rows):
+    """Rows of cells under their headings as text: columns as wide as they must be, texts to the left, numbers to the
+    right. Cells are texts, whole numbers, or None for what there is not.
+
+    >>> print(table(["model", "score", "prompts"], [["mine", "62.5", 3], ["another", None, 12]]))
+    model    score  prompts
+    mine      62.5        3
+    another      -       12
+    """
+    cells = [[str("-" if cell is None else cell) for cell in row] for row in [headings, *rows]]
+    columns = []
+    for heading, *column in zip(*cells):
+        width = max(map(len, [heading, *column]))
+        numbers = all(re.fullmatch(r"[-+]?[\d.]+|-", cell) for cell in column)
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in [heading, *column]])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))

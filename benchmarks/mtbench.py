@@ -4,11 +4,18 @@
 figure is the mean over all judgments; a judgment whose score could not be read (-1) is counted and left out.
 """
 
+import dataclasses
 import json
 import math
 
 import run
-from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments
+from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments, table
+
+
+@dataclasses.dataclass
+class MtbenchSettings(JudgmentSettings):
+    """Flags of `python eval.py mtbench`."""
+    COMMAND = "eval.py mtbench"
 
 
 FIELDS = {"model": str, "judge": (str, list), "question_id": int, "turn": int, "score": (int, float, type(None))}
@@ -44,11 +51,11 @@ def mtbench_scores(judgments):
 
 def main(argv):
     """Print the mean scores of each model in the judgments, the best first."""
-    args, paths = parse_with_files(JudgmentSettings, argv, "MT-Bench: mean score of each turn and category")
+    args, paths = parse_with_files(MtbenchSettings, argv, "MT-Bench: mean scores, from 1 to 10, by turn and category")
     models = group(read_judgments(paths, FIELDS), by=["model"], key=["question_id", "turn"])
     results = [_result(name, rows) for (name,), rows in models.items()]
-    for result in sorted(results, key=lambda r: -r["average"]):
-        print(json.dumps(result) if args.json else _as_text(result))
+    results.sort(key=lambda r: -r["average"])
+    print("\n".join(map(json.dumps, results)) if args.json else _as_text(results))
 
 
 def _result(name, rows):
@@ -71,9 +78,12 @@ def _result(name, rows):
             "n_dropped": len(rows) - len(judgments)}
 
 
-def _as_text(result):
-    means = {"first turn": result["first_turn"], "second turn": result["second_turn"], "average": result["average"],
-             **result["categories"]}
-    listed = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None)
-    return (f"{result['model']}: {listed}; {result['n_judgments']} judgments, {result['n_dropped']} without a score "
-            "dropped")
+def _as_text(results):
+    """A row for each model and each part of the benchmark that has judgments, all of it first."""
+    rows = []
+    for result in results:
+        parts = {"all": result["average"], "first turn": result["first_turn"], "second turn": result["second_turn"],
+                 **result["categories"]}
+        rows += [[result["model"], part, f"{mean:.2f}"] for part, mean in parts.items() if mean is not None]
+    counts = [f"{r['model']}: {r['n_judgments']} judgments, {r['n_dropped']} without a score left out" for r in results]
+    return "\n".join([table(["model", "part", "score"], rows), "", *counts])
