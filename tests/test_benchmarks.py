@@ -4,16 +4,17 @@ hand, and what a person gets wrong in their files."""
 import gzip
 import json
 import math
+import os
 import sys
 
 import numpy as np
 import pytest
-import torch
 
 import eval
 import run
-from benchmarks.alpaca import length_controlled, logistic_regression, win_rates
+from benchmarks.alpaca import PENALTIES, cross_validated_penalty, length_controlled, logistic_regression, win_rates
 from benchmarks.arena import arena_scores
+from conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -74,30 +75,37 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def test_length_control_agrees_with_an_independent_solver():
-    """Every row twice, with label 1 at weight y and label 0 at weight 1 - y, as the published package fits it; L-BFGS
-    on the log-likelihood in place of Newton's method, and the features written out anew."""
+def fit_of_the_draw():
+    """What `length_controlled` takes, and the fit's rows X [110, 3], target [110], weight [110], written out anew."""
     shorter, difficulty, (t, d), rng = draw()
     y, gamed_y = (rng.random(60) < sigmoid(-shorter / 400)) * 0.9 + 0.05 * rng.random(60), rng.random(50)
-    ours = length_controlled(y, shorter, difficulty, (t, d, gamed_y))
-    rows = [(math.tanh(s / np.std(shorter, ddof=1)), x, 1.0, p, 1.0) for s, x, p in zip(shorter, difficulty, y)]
-    rows += [(a, x, 0.0, p, 0.1) for a, x, p in zip(t, d, gamed_y)]
-    X = torch.tensor([row[:3] for row in rows] * 2, dtype=torch.float64)
-    label = torch.tensor([1.0] * 110 + [0.0] * 110, dtype=torch.float64)
-    weight = torch.tensor([r[4] * r[3] for r in rows] + [r[4] * (1 - r[3]) for r in rows], dtype=torch.float64)
-    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([w], lr=1, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    rows = [(a, x, 0.0) for a, x in zip(t, d)]
+    rows += [(math.tanh(s / np.std(shorter, ddof=1)), x, 1.0) for s, x in zip(shorter, difficulty)]
+    weight = np.repeat([0.1, 1.0], [50, 60])
+    return (y, shorter, difficulty, (t, d, gamed_y)), np.array(rows), np.append(gamed_y, y), weight
 
-    def loss():
-        solver.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(X @ w, label, weight, reduction="sum")
-        value.backward()
-        return value
 
-    solver.step(loss)
-    theirs = torch.sigmoid(w[1] * torch.tensor(difficulty) + w[2]).detach().numpy()
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)         # the ridge of 1e-4 is ours alone
-    assert abs(theirs.mean() - y.mean()) > 0.02                 # and there was something to control for
+def test_length_control_is_the_packages_fit():
+    """The coefficients and the penalty that scikit-learn 1.9.1 finds: LogisticRegressionCV(l1, liblinear, no intercept,
+    tol 1e-10) with GroupKFold(5), every row twice, with label 1 at weight y and label 0 at weight 1 - y."""
+    arguments, X, target, weight = fit_of_the_draw()
+    penalty = cross_validated_penalty(X, target, weight)
+    np.testing.assert_allclose([penalty, *logistic_regression(X, target, weight, penalty)],
+                               [1 / 2.7825594, -1.24819462, 0, -0.90716562], atol=1e-7)
+    np.testing.assert_allclose(length_controlled(*arguments), 0.2875801888273335, atol=1e-8)
+    assert abs(arguments[0].mean() - 0.2875801888273335) > 0.02         # and there was something to control for
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_fit_is_where_nothing_is_to_be_gained(penalty):
+    """The optimality condition of the L1 penalty: a coefficient that is not 0 has a slope of its size against it, one
+    that is 0 at most that."""
+    _, X, target, weight = fit_of_the_draw()
+    w = logistic_regression(X, target, weight, penalty)
+    slope = X.T @ (weight * (sigmoid(X @ w) - target))
+    assert (abs(slope) <= penalty + 1e-6).all()
+    np.testing.assert_allclose(slope[w != 0], -penalty * np.sign(w[w != 0]), atol=1e-6)
+    assert (w == 0).all() == (penalty > 10) and (w != 0).all() == (penalty < 0.3)
 
 
 def test_length_control_recovers_the_coefficients_that_made_the_preferences():
@@ -140,9 +148,9 @@ def test_newton_finds_the_optimum_that_bisection_finds():
     low, high = -10.0, 10.0
     for _ in range(200):
         w = (low + high) / 2
-        slope = (weight * (sigmoid(X[:, 0] * w) - y) * X[:, 0]).sum() + 1e-4 * w
+        slope = (weight * (sigmoid(X[:, 0] * w) - y) * X[:, 0]).sum() + 0.5 * np.sign(w)
         low, high = (low, w) if slope > 0 else (w, high)
-    np.testing.assert_allclose(logistic_regression(X, y, weight), [low], atol=1e-8)
+    np.testing.assert_allclose(logistic_regression(X, y, weight, 0.5), [low], atol=1e-8)
 
 
 def test_win_rates_by_hand():
@@ -163,11 +171,13 @@ def annotation(i, preference, mine=5, theirs=9, **other):
 
 @pytest.fixture
 def benchmark():
-    """Twelve annotations and the two tables that belong to them: (rows, flags that name the tables)."""
+    """Twelve annotations and the two tables that belong to them: (rows, flags that name the tables). The preferences
+    follow the difficulty, so that the penalty leaves something of it."""
     rng = np.random.default_rng(4)
     difficulty = rng.normal(size=12).round(6)
+    preferences = sigmoid(2 * difficulty - 1 + rng.normal(size=12))
     rows = [annotation(i, 1 + float(p), int(a), int(b), dataset="vicuna" if i < 4 else "oasst")
-            for i, (p, a, b) in enumerate(zip(rng.random(12), rng.integers(1, 99, 12), rng.integers(1, 99, 12)))]
+            for i, (p, a, b) in enumerate(zip(preferences, rng.integers(1, 99, 12), rng.integers(1, 99, 12)))]
     csv("difficulty.csv", ["index", "instruction_difficulty"], enumerate(difficulty))
     csv("gamed.csv", ["model", "index", "instruction_difficulty", "preference", "std_delta_len", "not_gamed_baseline"],
         [(f"base_{kind}", i, d, rng.random().__round__(6), rng.normal().__round__(6), False)
@@ -221,7 +231,7 @@ def test_two_players_of_one_name_are_no_baseline_against_itself(figures, benchma
     assert f["length_controlled_winrate"] != 50 and "definition" not in f["length_control"]
 
 
-def test_instructions_put_a_reordered_file_right(figures, complaint, benchmark):
+def test_instructions_put_a_reordered_file_right(figures, benchmark):
     rows, tables = benchmark
     f, = figures("alpaca", "--annotations", whole("a.json", rows), *tables)
     back, = figures("alpaca", "--annotations", whole("b.json", rows[::-1]), *tables, "--instructions", "a.json")
@@ -229,14 +239,73 @@ def test_instructions_put_a_reordered_file_right(figures, complaint, benchmark):
     assert back["length_controlled_winrate"] == pytest.approx(f["length_controlled_winrate"], abs=1e-6)
     assert abs(wrong["length_controlled_winrate"] - f["length_controlled_winrate"]) > 0.01
     assert "instruction" in back["length_control"] and "position" in wrong["length_control"]
-    part = whole("part.json", rows[3:9])
-    assert figures("alpaca", "--annotations", part, *tables, "--instructions", "a.json")[0]["n_total"] == 6
-    assert "--instructions" in complaint("alpaca", "--annotations", part, *tables)
     # a row without a verdict keeps its place: the rows behind it must not move up
     hole = [rows[0] | {"preference": None}] + rows[1:]
     with_hole, = figures("alpaca", "--annotations", whole("hole.json", hole), *tables)
     cut, = figures("alpaca", "--annotations", whole("cut.json", rows[1:]), *tables, "--instructions", "a.json")
     assert with_hole["length_controlled_winrate"] == pytest.approx(cut["length_controlled_winrate"], abs=1e-9)
+
+
+def test_a_part_of_the_benchmark_is_scored_and_says_so(capsys, complaint, benchmark):
+    """With --instructions difficulties are matched; without, they are dropped: the fit is that of zeros in both
+    tables. Either way stderr says what is missing. Rows that the benchmark does not have are another set."""
+    rows, tables = benchmark
+
+    def printed(*flags):
+        capsys.readouterr()
+        eval.main(["alpaca", "--json", "--annotations", *flags, *tables])
+        out, error = capsys.readouterr()
+        return json.loads(out), error
+
+    whole("a.json", rows)
+    assert printed("a.json")[1] == ""
+    part = whole("part.json", [rows[1] | {"preference": None}] + rows[2:])
+    matched, said = printed(part, "--instructions", "a.json")
+    assert matched["n_total"] == 10 and "matched by instruction" in matched["length_control"]
+    assert said.startswith("warning: --annotations part.json covers 10 of the benchmark's 12 instructions (1 have no "
+                           "row, 1 no verdict)") and said.count("\n") == 1 and "dropped" not in said
+    dropped, said = printed(part)
+    assert "dropped" in dropped["length_control"] and dropped["lc_standard_error"] is None
+    assert "10 of the benchmark's 12" in said and "difficulties dropped" in said and "give --instructions" in said
+    y = np.array([row["preference"] - 1 for row in rows[2:]])
+    shorter = np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows[2:]], float)
+    delta, gamed_y = np.genfromtxt("gamed.csv", delimiter=",", skip_header=1, usecols=(4, 3)).T
+    expected = length_controlled(y, shorter, np.zeros(10), (np.tanh(delta), np.zeros(24), gamed_y))
+    assert dropped["length_controlled_winrate"] == pytest.approx(100 * expected.mean(), abs=1e-9)
+    assert dropped["length_controlled_winrate"] != pytest.approx(matched["length_controlled_winrate"], abs=0.1)
+    _, said = printed(whole("hole.json", [rows[0] | {"preference": None}] + rows[1:]))
+    assert "covers 11" in said and "(0 have no row, 1 no verdict)" in said and "matched by position" in said
+    more = whole("more.json", rows + [annotation(50, 2)])
+    assert "another set" in complaint("alpaca", "--annotations", more, *tables)
+    assert "another set" in complaint("alpaca", "--annotations", more, *tables, "--instructions", "a.json")
+
+
+def test_identical_answers_are_ties_of_equal_length(figures, benchmark):
+    """What `judge` writes for them, 1.5, or what old files have, 0: half a win, and they stay in the fit."""
+    rows, tables = benchmark
+    same = {"output_1": "the same", "output_2": "the same"}
+    found = [figures("alpaca", "--annotations", whole("a.json", [r | same | {"preference": tie} for r in rows[:6]]
+                                                      + rows[6:]), *tables)[0] for tie in (1.5, 0)]
+    assert found[0] == found[1] and found[0]["n_draws"] == 6 and found[0]["n_total"] == 12
+    assert found[0]["win_rate"] == pytest.approx(100 * np.mean([0.5] * 6 + [r["preference"] - 1 for r in rows[6:]]))
+    assert "definition" not in found[0]["length_control"]
+
+
+PUBLISHED = os.path.join(os.path.dirname(ROOT), "shared", "data", "alpaca_eval")
+
+
+@pytest.mark.skipif(not os.path.isdir(PUBLISHED), reason="the published annotations are CC BY-NC and not copied here")
+@pytest.mark.parametrize("model, most", [("claude-2.1", 0.01), ("NullModel", 0.01), ("falcon-7b-instruct", 0.1),
+                                         ("OpenHermes-2.5-Mistral-7B", 0.01), ("gpt4_1106_preview", 1e-9)])
+def test_published_rates(figures, model, most):
+    """falcon's was fitted with the next stronger penalty: which wins depended on how the package's folds fell."""
+    with open(f"{PUBLISHED}/expected.json") as file:
+        expected = json.load(file)["models"][model]
+    f, = figures("alpaca", "--annotations", f"{PUBLISHED}/{model}.annotations.json.gz", "--gamed",
+                 f"{PUBLISHED}/df_gamed.csv", "--difficulty", f"{PUBLISHED}/instruction_difficulty.csv")
+    assert f["length_controlled_winrate"] == pytest.approx(expected.pop("length_controlled_winrate"), abs=most)
+    assert f["lc_standard_error"] == pytest.approx(expected.pop("lc_standard_error", f["lc_standard_error"]), abs=0.001)
+    assert {name: f[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
 GOOD = [annotation(0, 2), annotation(1, 1)]
@@ -312,9 +381,17 @@ def test_mtbench_by_hand(figures, capsys):
     assert {k: v for k, v in r["categories"].items() if v is not None} == {
         "writing": pytest.approx(20.5 / 3), "roleplay": 10, "math": 1}
     eval.main(["mtbench", "--judgments", "j.jsonl"])
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("first turn 8.33", "second turn 3.25", "average 6.30", "roleplay 10.00",
-                                         "2 without a score"))
+    assert capsys.readouterr().out == """\
+model  part         score
+mine   all           6.30
+mine   first turn    8.33
+mine   second turn   3.25
+mine   writing       6.83
+mine   roleplay     10.00
+mine   math          1.00
+
+mine: 5 judgments, 2 without a score left out
+"""
 
 
 def test_mtbench_of_several_files_and_models(figures):
@@ -334,6 +411,13 @@ def test_mtbench_of_several_files_and_models(figures):
 def test_bad_mtbench_judgments(complaint, rows, says):
     said = complaint("mtbench", "--judgments", lines("j.jsonl", rows))
     assert "--judgments" in said and says in said
+
+
+@pytest.mark.parametrize("command", ["mtbench", "arena", "generate", "judge"])
+def test_the_usage_line_names_the_command(command, capsys):
+    with pytest.raises(SystemExit):
+        eval.main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: eval.py {command} ")
 
 
 def test_judgments_need_files(complaint):
@@ -361,7 +445,11 @@ def test_arena_by_hand(figures, capsys):
     assert r["score"] == pytest.approx(100 * (3 + 1 + 0 + 0.5 + 3) / (4 + 4 + 4))
     assert (r["n_prompts"], r["n_dropped"], r["baseline"], r["category"]) == (3, 2, "base", "hard_prompt")
     eval.main(["arena", "--judgments", "j.jsonl"])
-    assert "62.5" in capsys.readouterr().out
+    low, high = r["interval"]
+    assert capsys.readouterr().out == f"""\
+category     model  baseline  score %  5 %  95 %  prompts  without both verdicts
+hard_prompt  mine   base         62.5  {low:.1f}  {high:.1f}        3                      2
+"""
     # the place is not the player: the favoured place alone gives one half, and mirrored labels say the same
     assert arena_scores([("A>>B", "A>>B")] * 4, 0)["score"] == 50
     assert arena_scores([("A<<B", "B<A"), ("A>B", "B=A")], 0) == arena_scores([("B>>A", "A>B"),
