@@ -1,7 +1,8 @@
-"""The arithmetic that deserves care: log-probabilities of a linear head without the [T, V] logits, and the losses.
+"""The arithmetic that deserves care: log-probabilities of a linear head without the [T, V] logits, RoPE's angles,
+attention, the losses.
 
-Shapes:  T tokens, H hidden size, V vocabulary.  Everything returned is float32, whatever the model's dtype: a sequence
-log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some
+Shapes:  T tokens, H hidden size, V vocabulary.  Log-probabilities and losses are float32, whatever the model's dtype: a
+sequence log-probability is a sum of hundreds of terms, and eta = 1e3 (SPPO) multiplies preferences into targets of some
 hundreds, so the last digits of bfloat16 would be the whole signal. One exception: a bfloat16 model's logits are rounded
 to bfloat16 by the matrix product itself, as in every library that multiplies in that type; all that follows is float32.
 
@@ -12,15 +13,16 @@ the backward pass another 4, and the gradient of the logits 4 more. None of it i
     (b)  d log pi / d logit = onehot(target) - softmax(logits)      recomputed from (hidden, weight, logsumexp)
 
 So the logits are computed tile by tile, some tokens times a part of the vocabulary, and each tile is used up before the
-next is made. On top stand a judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence
-log-probabilities, and `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the
-log-probabilities and times them.
+next is made. After them come what a transformer's layer needs besides its matrix products (RoPE's angles, attention), a
+judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence log-probabilities, and
+`Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the log-probabilities and times them.
 """
 
 import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 # One tile of logits is CHUNK_T x CHUNK_V: 16 MB in float32, small enough to stay near the cache, large enough that the
 # matrix products run at full speed. Memory is a few tiles whatever T and V are.
@@ -209,6 +211,131 @@ def sum_rows(values, row, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# positions and attention
+
+# The kinds of RoPE scaling, and the numbers that each needs beside rope_theta
+ROPE_NUMBERS = {"default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def rope_frequencies(rope, head_dim):
+    """RoPE's angles: (inverse [hd/2] float32, scale). From one position to the next, pair i of a head's dimensions
+    turns by inverse[i] radians; `scale` multiplies cosine and sine, and is 1 in all but yarn.
+
+    rope: rope_type, rope_theta and the numbers that the type needs, under the names of transformers' rope_parameters,
+    whose results these are (transformers.modeling_rope_utils). A model that is to read longer texts than it was trained
+    on turns more slowly:
+
+        linear      all pairs turn `factor` times slower
+        llama3      so do the pairs that make fewer than low_freq_factor full turns in the old context; those that make
+                    more than high_freq_factor stay as they are, and those between are blended, by their turns
+        yarn        the same between beta_slow and beta_fast turns, but blended by the pair's number i; and attention
+                    is sharpened by `scale`, since more keys are looked at (Peng et al. 2023, arXiv 2309.00071)
+
+    >>> rope_frequencies({"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}, head_dim=4)
+    (tensor([0.5000, 0.0500]), 1.0)
+    """
+    kind, factor = rope["rope_type"], rope.get("factor")
+    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if kind == "default":
+        return inverse, 1.0
+    if kind == "linear":
+        return inverse / factor, 1.0
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)      # full turns in the old context
+        keep, scale = ((turns - low) / (high - low)).clamp(0, 1), 1.0
+    else:
+        keep, scale = _yarn_keep(rope, head_dim), _yarn_scale(rope)
+    return keep * inverse + (1 - keep) * inverse / factor, scale
+
+
+def _yarn_keep(rope, head_dim):
+    """How much of its speed each dimension pair keeps, [hd/2]: 1 for the fast ones at the front, 0 for the slow."""
+    def pair(turns):                            # the number of the pair that makes so many turns in the old context
+        radian = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)       # in positions: 1 / inverse
+        return head_dim * math.log(radian) / (2 * math.log(rope["rope_theta"]))
+
+    first, last = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001                           # a step instead of a ramp
+    return 1 - ((torch.arange(head_dim // 2) - first) / (last - first)).clamp(0, 1)
+
+
+def _yarn_scale(rope):
+    """The factor on cosine and sine: attention_factor where it is given, else 0.1 log(factor) + 1, or the ratio of two
+    such numbers with weights before the logarithm (DeepSeek's mscale and mscale_all_dim)."""
+    def grown(weight):
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return grown(rope["mscale"]) / grown(rope["mscale_all_dim"])
+    return grown(1)
+
+
+def take(x, index):
+    """x[index] for a matrix of indices [R, T], by index_select: its backward, index_add, is several times faster on a
+    CPU than that of x[index]."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def attention(q, k, v, mask, scale=None, cap=None):
+    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd] -> [R, T, nh, hd].
+
+    mask: from `attention_mask` with nh/nkv groups, or None for causal rows (S = T) without window or cap. scale: None
+    for hd ** -0.5. cap: a bound on the scores. With a mask, the nh/nkv query heads that share a key head become that
+    many times as many query positions of it: torch's memory-saving kernels take a mask or grouped heads, not both.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is None:
+        grouped = q.shape[1] > k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)
+    else:
+        folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])             # [R, nkv, groups * T, hd]
+        out = masked_attention(folded, k, v, mask, scale, cap).view(q.shape)
+    return out.transpose(1, 2)
+
+
+def masked_attention(q, k, v, mask, scale=None, cap=None):
+    """softmax(q k^T * scale + mask) v over the last two dimensions, the scores capped before the mask:
+    q [R, nkv, Q, hd], k and v [R, nkv, S, hd], mask [R or 1, 1, Q, S] -> [R, nkv, Q, hd].
+
+    torch's fused kernels have no place for a cap. With one, a layer's scores are held in memory, in float32, and two
+    such tensors are kept for its backward pass: a reason to train Gemma 2 with activation_checkpointing.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = soft_cap((q @ k.mT).float() * (scale or q.shape[-1] ** -0.5), cap)
+    return (scores + mask).softmax(-1).to(v.dtype) @ v
+
+
+def attention_mask(query_at, key_at, window, groups, dtype):
+    """What is added to the scores: 0 where a query may look, -inf where it may not.
+
+    query_at [R, T] and key_at [R, S] are positions (R may be 1, for all rows) -> [R, 1, groups * T, S]. A query sees
+    the keys at its own position and before, in a window only the latest `window` of them. The rows are repeated for
+    the `groups` query heads that share a key head, as `attention` lays them out.
+
+    >>> at = torch.arange(3)[None]
+    >>> attention_mask(at, at, window=2, groups=1, dtype=torch.float32)[0, 0]
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf],
+            [-inf, 0., 0.]])
+    """
+    query_at, key_at = query_at[:, :, None], key_at[:, None, :]
+    seen = key_at <= query_at
+    if window is not None:
+        seen = seen & (key_at > query_at - window)
+    seen = torch.cat([seen] * groups, 1)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # preferences: P [B, K, K] with P[b, i, j] = P(y_i > y_j | x_b), P + P^T = 1, diagonal 1/2
 
 
@@ -258,7 +385,7 @@ def dpo_loss(logratio_w, logratio_l, beta):
     >>> dpo_loss(torch.tensor([10.0]), torch.tensor([-10.0]), beta=0.05)           # -log sigmoid(1)
     tensor([0.3133])
     """
-    return -torch.nn.functional.logsigmoid(beta * (logratio_w - logratio_l))            # DPO (7)
+    return -F.logsigmoid(beta * (logratio_w - logratio_l))            # DPO (7)
 
 
 def ipo_loss(logratio_w, logratio_l, beta):
@@ -396,3 +523,23 @@ def linear_schedule(step, steps, warmup, lr):
     if step < rise:
         return lr * ((step + 1) / rise)
     return lr * ((steps - step) / max(1, steps - rise))
+
+
+def loss_coefficient(advantage, logratio, beta, kl):
+    """What multiplies grad log pi of each sequence in the loss: advantage and logratio = log pi/pi_Ref, any one shape.
+
+    As the sample comes from pi itself, pi/sg(pi) is 1 and its gradient is grad log pi; and each form of the KL term has
+    a gradient of the form c grad log pi too:
+        reward, k2 (l^2/2)       c = l             E[c grad log pi] = grad KL(pi || pi_Ref), exactly
+        k1         (l)           c = 1             expectation 0: E[grad log pi] = 0; (4) read literally, no pull at all
+        k3         (e^-l - 1 + l) c = 1 - e^-l     that of the other KL, KL(pi_Ref || pi)
+    """
+    pull = {"reward": logratio, "k2": logratio, "k1": torch.ones_like(logratio), "k3": 1 - (-logratio).exp()}[kl]
+    return -(advantage - beta * pull)
+
+
+def token_weights(lengths, normalise, longest):
+    """What each sequence's tokens are multiplied by: lengths [M] -> [M] float32 (see --normalise)."""
+    lengths = torch.tensor(lengths, dtype=torch.float32)
+    return {"none": torch.ones_like(lengths), "sequence": 1 / lengths, "token": 1 / lengths.mean().expand_as(lengths),
+            "constant": torch.full_like(lengths, 1 / longest)}[normalise]

@@ -1,4 +1,5 @@
-"""The decoder transformer of Llama, Mistral, Qwen2, Qwen3 and Gemma 2, its KV cache, and Hugging Face checkpoints.
+"""The decoder transformer of Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Phi-3, Phi-4 and Gemma 2, its KV cache, and
+Hugging Face checkpoints.
 
 The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone)
 except for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a
@@ -11,11 +12,15 @@ except for attention, which decides what each token may look at. So the network 
 
 All three run the same lines of `Layer.forward`, for the 337k-parameter toy and for a 7B checkpoint alike.
 
-What the families differ in stands in `Config`. Llama, Mistral, Qwen2 and Qwen3 are one network up to a bias, a norm or
-a window. Gemma 2 also bounds whatever could grow: embeddings are multiplied by sqrt(H) as they leave the table (the
-tied head wants rows of length 1, the layers want numbers of size 1), each sublayer's output is normed before it joins
-the residual stream, and a tanh bends attention scores and logits into (-cap, cap). Its norms multiply by 1 + weight, so
-a weight of 0 means "no change", and weight decay pulls towards that.
+What the families differ in stands in `Config`. Llama, Mistral, Qwen2, Qwen3 and Phi are one network up to a bias, a
+norm or a window. SmolLM3 leaves every fourth layer without RoPE: there a token knows only which tokens came before it.
+OLMo 2 norms what each sublayer gives to the residual stream in place of what it takes from it. Gemma 2 norms both, and
+bounds whatever else could grow: embeddings are multiplied by sqrt(H) as they leave the table (the tied head wants rows
+of length 1, the layers want numbers of size 1), and a tanh bends attention scores and logits into (-cap, cap). Its
+norms multiply by 1 + weight, so a weight of 0 means "no change", and weight decay pulls towards that.
+
+Left out: Phi's longrope, whose frequencies change with a text's length, so that cached keys would no longer fit, and
+the rotation of only a part of each head, which its published checkpoints have together with longrope.
 
 Shape legend, for the whole project:  B prompts, K (or n) responses each, T tokens, N packed tokens, R rows, H hidden,
 V vocabulary; nh query heads, nkv key/value heads, hd head dimension; S keys that a row's queries may look at; L tokens
@@ -23,8 +28,9 @@ held by a cache row; M response tokens, those that a loss is about.
 """
 
 import dataclasses
-import math
+import glob
 import os
+import shutil
 
 import torch
 import torch.nn as nn
@@ -56,9 +62,13 @@ class Config:
     qkv_bias: bool = False           # Qwen2: biases on queries, keys and values only
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False            # Qwen3: RMSNorm over each query's and key's head_dim
+    qk_norm: str = None              # RMSNorm of queries and keys: "head" by head (Qwen3), or "all" at once (OLMo 2)
+    norm_in: bool = True             # a norm on what each sublayer reads: all but OLMo 2
+    norm_out: bool = False           # a norm on what each sublayer adds: OLMo 2, Gemma 2
     windows: tuple = ()              # per layer: None, or how many latest tokens (itself included) a token sees
-    gemma: bool = False              # norms times 1 + weight, also after each sublayer; embeddings times sqrt(H); GELU
+    rotated: tuple = ()              # per layer: does RoPE tell positions there? () = everywhere, as in all but SmolLM3
+    fused: bool = False              # Phi: queries, keys and values are one weight in the file, gate and up another
+    gemma: bool = False              # norms times 1 + weight; embeddings times sqrt(H); GELU
     attention_scale: float = None    # factor on the scores, None = head_dim ** -0.5
     attention_cap: float = None      # scores become cap * tanh(score / cap)
     logit_cap: float = None          # so do the logits
@@ -68,9 +78,9 @@ class Config:
     def from_hf(cls, raw, where="config.json"):
         """Read a config.json in the spelling of transformers 5 or older. Raises UserError for what is not supported."""
         family = raw.get("model_type")
-        if family not in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
+        if family not in FAMILIES:
             raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
-                                "give a llama, mistral, qwen2, qwen3 or gemma2 checkpoint")
+                                f"give a {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]} checkpoint")
         c = {**MISSING.get(family, {}), **raw}
         key, act = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
         if c.get(key, act) != act:
@@ -78,30 +88,38 @@ class Config:
         try:
             heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
             attention_bias = c.get("attention_bias", False)     # Qwen2 has no such key: its biases are always the same
+            rope, rotated = _read_rope(c, family, where), _read_rotated(c, family, layers, where)
+            max_positions = c.get("max_position_embeddings", 2048)
+            if rope["rope_type"] == "yarn":     # Qwen's cards switch it on and leave max_position_embeddings as it was
+                max_positions = max(max_positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
             return cls(
                 vocab_size=c["vocab_size"],
                 hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
                 num_layers=layers, num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
                 head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-                max_positions=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
-                rope=_read_rope(c, where), tied=c.get("tie_word_embeddings", False),
+                max_positions=max_positions, norm_eps=c.get("rms_norm_eps", 1e-6),
+                rope=rope, tied=c.get("tie_word_embeddings", False),
                 qkv_bias=family == "qwen2" or attention_bias, out_bias=family != "qwen2" and attention_bias,
-                mlp_bias=c.get("mlp_bias", False), qk_norm=family == "qwen3",
-                windows=_read_windows(c, family, layers, where), **_read_gemma(c, family, where), raw=raw)
+                mlp_bias=c.get("mlp_bias", False), qk_norm={"qwen3": "head", "olmo2": "all"}.get(family),
+                norm_in=family != "olmo2", norm_out=family in ("olmo2", "gemma2"), fused=family == "phi3",
+                windows=_read_windows(c, family, rotated, layers, where), rotated=rotated,
+                **_read_gemma(c, family, where), raw=raw)
         except KeyError as error:
             raise run.UserError(f"{where} lacks {error}; is it a complete Hugging Face checkpoint?") from None
 
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gemma2")     # phi-4's is phi3 too
+
 # What transformers fills in for a key that config.json leaves out, where that is not what it fills in for Llama
 MISSING = {
     "mistral": dict(sliding_window=4096),
+    "smollm3": dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2000000.0,
+                    no_rope_layer_interval=4, tie_word_embeddings=True),
+    "olmo2": dict(rms_norm_eps=1e-5),
+    "phi3": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
     "gemma2": dict(num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
                    final_logit_softcapping=30.0, sliding_window=4096, max_position_embeddings=8192,
                    tie_word_embeddings=True)}
-
-# The kinds of RoPE scaling that are supported, and the numbers that each needs beside rope_theta
-ROPE_NUMBERS = {"default": (), "linear": ("factor",),
-                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
 def _read_gemma(c, family, where):
@@ -120,26 +138,41 @@ def _read_gemma(c, family, where):
                 attention_cap=c["attn_logit_softcapping"], logit_cap=c["final_logit_softcapping"])
 
 
-def _read_rope(c, where):
+def _read_rope(c, family, where):
     """Config.rope: a dictionary with rope_type, rope_theta, and the numbers that rope_type needs. transformers 5 writes
     it as rope_parameters; older versions as rope_scaling, null for the default, with rope_theta beside it."""
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
     rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
     rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_NUMBERS:
-        raise run.UserError(f"{where} has rope_type {kind!r}; default, linear and llama3 are supported")
-    for key in ROPE_NUMBERS[kind]:
-        if key not in rope:
-            raise run.UserError(f"{where} has rope_type {kind!r} without {key!r}; download it again")
+    if kind not in kernels.ROPE_NUMBERS or (family == "phi3" and kind != "default"):
+        raise run.UserError(f"{where} has rope_type {kind!r}; default, linear, llama3 and yarn are supported, and of "
+                            "phi3 checkpoints those with the default, such as the 4k models and phi-4")
+    if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1:
+        raise run.UserError(f"{where} has a partial_rotary_factor; only rotations of the whole head are supported")
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", c.get("max_position_embeddings", 2048))
+    for key in kernels.ROPE_NUMBERS[kind]:
+        if not isinstance(rope.get(key), (int, float)):
+            raise run.UserError(f"{where} has rope_type {kind!r} without the number {key!r}; download it again")
     return rope
 
 
-def _read_windows(c, family, layers, where):
+def _read_rotated(c, family, layers, where):
+    """Config.rotated. SmolLM3's no_rope_layers holds, against its name, a 1 for each layer WITH RoPE."""
+    if family != "smollm3":
+        return ()
+    flags = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in range(layers)]
+    if len(flags) < layers:
+        raise run.UserError(f"{where} has no_rope_layers for {len(flags)} of its {layers} layers; download it again")
+    return tuple(flag != 0 for flag in flags[:layers])
+
+
+def _read_windows(c, family, rotated, layers, where):
     """Config.windows, one entry a layer. Which layers have a window follows from the family, or from layer_types."""
     window, kinds = c.get("sliding_window"), c.get("layer_types")
-    if window is None or family == "llama":
+    if window is None or family in ("llama", "olmo2"):
         return (None,) * layers
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         return (window,) * layers
     if kinds:
         if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
@@ -148,8 +181,11 @@ def _read_windows(c, family, layers, where):
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if family == "gemma2":
         return tuple(None if i % 2 else window for i in range(layers))      # the even layers
-    # Qwen: the layers from max_window_layers on, and only where use_sliding_window says so
-    first = c.get("max_window_layers", layers) if c.get("use_sliding_window") else layers
+    if not c.get("use_sliding_window"):
+        return (None,) * layers
+    if family == "smollm3":
+        return tuple(None if turns else window for turns in rotated)        # the layers without RoPE
+    first = c.get("max_window_layers", layers)                              # Qwen: the layers from this one on
     return tuple(window if i >= first else None for i in range(layers))
 
 
@@ -162,62 +198,13 @@ def _read_windows(c, family, layers, where):
 #             attend(layer, q, k, v, mask, scale, cap)
 
 
-def _mask(query_at, key_at, window, groups, dtype):
-    """What is added to the scores: 0 where a query may look, -inf where it may not.
-
-    query_at [R, T] and key_at [R, S] are positions (R may be 1, for all rows) -> [R, 1, groups * T, S]. A query sees
-    the keys at its own position and before, in a window only the latest `window` of them. The rows are repeated for
-    the `groups` query heads that share a key head, as `_attend` lays them out.
-
-    >>> at = torch.arange(3)[None]
-    >>> _mask(at, at, window=2, groups=1, dtype=torch.float32)[0, 0]
-    tensor([[0., -inf, -inf],
-            [0., 0., -inf],
-            [-inf, 0., 0.]])
-    """
-    query_at, key_at = query_at[:, :, None], key_at[:, None, :]
-    seen = key_at <= query_at
-    if window is not None:
-        seen = seen & (key_at > query_at - window)
-    seen = torch.cat([seen] * groups, 1)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
-
-
 def _mask_of_rows(T, window, c, dtype, device):
     """The mask of rows of T tokens that look at themselves: [1, 1, groups * T, T], or None for torch's own causal
     attention, which needs no mask but knows neither windows nor caps."""
     if (window is None or window >= T) and c.attention_cap is None:
         return None
     at = torch.arange(T, device=device)[None]
-    return _mask(at, at, window, c.num_heads // c.num_kv_heads, dtype)
-
-
-def _attend(q, k, v, mask, scale, cap):
-    """Scaled dot-product attention: q [R, T, nh, hd], k and v [R, S, nkv, hd] -> [R, T, nh, hd]. mask None = causal.
-
-    With a mask, the nh/nkv query heads that share a key head become that many times as many query positions of it:
-    torch's memory-saving kernels take a mask or grouped heads, not both.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is None:
-        grouped = q.shape[1] > k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)
-    else:
-        folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])             # [R, nkv, groups * T, hd]
-        out = _weigh(folded, k, v, mask, scale, cap).view(q.shape)
-    return out.transpose(1, 2)
-
-
-def _weigh(q, k, v, mask, scale, cap):
-    """softmax(q k^T * scale + mask) v over the last two dimensions, the scores capped before the mask.
-
-    torch's fused kernels have no place for a cap. With one, a layer's scores are held in memory, in float32, and two
-    such tensors are kept for its backward pass: a reason to train Gemma 2 with activation_checkpointing.
-    """
-    if cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = kernels.soft_cap((q @ k.mT).float() * (scale or q.shape[-1] ** -0.5), cap)
-    return (scores + mask).softmax(-1).to(v.dtype) @ v
+    return kernels.attention_mask(at, at, window, c.num_heads // c.num_kv_heads, dtype)
 
 
 class CausalRows:
@@ -235,7 +222,7 @@ class CausalRows:
     def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
-        return _attend(q, k, v, mask, scale, cap).flatten(0, 1)
+        return kernels.attention(q, k, v, mask, scale, cap).flatten(0, 1)
 
 
 class SharedPrefix:
@@ -302,7 +289,9 @@ class SharedPrefix:
         self.source = torch.arange(first, N, device=device) - 1                                           # [M]
         self.source[starts[B:] - first] = self.prompt_last[owner]
 
-        self.prompt_part = _prompt_rectangle(starts[:B], lengths[:B], N)
+        index = _padded(starts[:B], lengths[:B], N)                             # [B, P]
+        at = torch.arange(index.shape[1], device=device)[None]                  # [1, P]
+        self.prompt_part = _Rectangle(index, index, at, at, lengths[:B])        # the prompts look at themselves
         self.unpad = self.prompt_part.real()        # [N] where in `attend`'s padded output each packed token stands
         # What can be continued, and what KVCache.admit copies for it: the keys of the responses, their prompt's
         # included, or of the prompts where there is no response. `last` [R or B]: each one's last token in the pack.
@@ -320,7 +309,8 @@ class SharedPrefix:
         if not self.rows:
             return prompts, None
         part = self.response_part
-        return prompts, _mask(part.query_at, part.key_at, window, c.num_heads // c.num_kv_heads, dtype)
+        groups = c.num_heads // c.num_kv_heads
+        return prompts, kernels.attention_mask(part.query_at, part.key_at, window, groups, dtype)
 
     def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
@@ -354,15 +344,8 @@ class _Rectangle:
 
     def attend(self, q, k, v, mask, scale, cap):
         """q [N, nh, hd], k and v [N, nkv, hd] of the whole pack -> [R * T, nh, hd], padding included."""
-        q, k, v = _take(q, self.queries), _take(k, self.keys), _take(v, self.keys)
-        return _attend(q, k, v, mask, scale, cap).flatten(0, 1)
-
-
-def _prompt_rectangle(starts, lengths, N):
-    """The prompts, which look at themselves."""
-    index = _padded(starts, lengths, N)                                         # [B, P]
-    at = torch.arange(index.shape[1], device=index.device)[None]                # [1, P]
-    return _Rectangle(index, index, at, at, lengths)
+        q, k, v = (kernels.take(x, index) for x, index in ((q, self.queries), (k, self.keys), (v, self.keys)))
+        return kernels.attention(q, k, v, mask, scale, cap).flatten(0, 1)
 
 
 def _response_rectangle(starts, lengths, N, prompts, owner):
@@ -381,12 +364,6 @@ def _padded(starts, lengths, N):
     """Indices into the pack, [R, longest], of R pieces that begin at `starts`; past a piece's end, of what follows."""
     columns = torch.arange(int(lengths.max()), device=starts.device)
     return (starts[:, None] + columns).clamp(max=N - 1)
-
-
-def _take(x, index):
-    """x[index] for a matrix of indices, by index_select: its backward, index_add, is several times faster on a CPU
-    than that of x[index]."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 SHARED = 32     # what all prompts begin with is worth a rectangle of its own from this many tokens on
@@ -456,7 +433,7 @@ class KVCache:
 
     def mask(self, window, c, dtype):
         """What `attend` wants in a layer with this window: [R, 1, 1, longest], the same for all heads."""
-        return _mask(self.positions[:, None], self.columns[None, :self.longest], window, 1, dtype)
+        return kernels.attention_mask(self.positions[:, None], self.columns[None, :self.longest], window, 1, dtype)
 
     def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """Write the new keys and values, then look: q [R, nh, hd], k and v [R, nkv, hd] -> [R, nh, hd].
@@ -468,23 +445,31 @@ class KVCache:
         self.k[layer].view(-1, hd).index_copy_(0, self.slots, k.reshape(-1, hd))
         self.v[layer].view(-1, hd).index_copy_(0, self.slots, v.reshape(-1, hd))
         keys, values = self.k[layer, :R, :, :self.longest], self.v[layer, :R, :, :self.longest]
-        return _weigh(q.view(R, nkv, -1, hd), keys, values, mask, scale, cap).reshape(R, -1, hd)
+        return kernels.masked_attention(q.view(R, nkv, -1, hd), keys, values, mask, scale, cap).reshape(R, -1, hd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
 
-def _norm_weight(c):
-    """A norm's weight that changes nothing: ones, or for Gemma, which adds 1 to it, zeros."""
-    return nn.Parameter(torch.zeros(c.hidden_size) if c.gemma else torch.ones(c.hidden_size))
+def _norm_weight(c, wanted=True):
+    """A norm's weight that changes nothing: ones, or for Gemma, which adds 1 to it, zeros. None for no norm at all."""
+    return nn.Parameter(torch.full([c.hidden_size], 0.0 if c.gemma else 1.0)) if wanted else None
 
 
 def _norm(x, weight, c):
-    """RMSNorm over H. Gemma's 1 + weight is formed in float32: in bfloat16, weights below 1/256 would vanish in it."""
+    """RMSNorm over H; x itself where the weight is None. Gemma's 1 + weight is formed in float32: in bfloat16, weights
+    below 1/256 would vanish in it."""
+    if weight is None:
+        return x
     if not c.gemma:
         return F.rms_norm(x, x.shape[-1:], weight, c.norm_eps)
     return F.rms_norm(x.float(), x.shape[-1:], 1 + weight.float(), c.norm_eps).to(x.dtype)
+
+
+def _norm_heads(x, weight, c):
+    """RMSNorm of heads x [N, n, hd], over as many numbers as the weight has: hd, so each head by itself, or n * hd."""
+    return F.rms_norm(x.reshape(len(x), -1, weight.numel()), weight.shape, weight, c.norm_eps).view(x.shape)
 
 
 class Layer(nn.Module):
@@ -493,37 +478,38 @@ class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.nh, self.nkv, self.hd = c, c.num_heads, c.num_kv_heads, c.head_dim
-        self.norm1 = _norm_weight(c)
+        self.norm1 = _norm_weight(c, c.norm_in)
         self.qkv = nn.Linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.qkv_bias)
-        self.q_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
+        q_size, k_size = (c.num_heads, c.num_kv_heads) if c.qk_norm == "all" else (1, 1)
+        self.q_norm = nn.Parameter(torch.ones(q_size * c.head_dim)) if c.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(k_size * c.head_dim)) if c.qk_norm else None
         self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
-        self.norm1_out = _norm_weight(c) if c.gemma else None       # on what attention adds to x
-        self.norm2 = _norm_weight(c)
+        self.norm1_out = _norm_weight(c, c.norm_out)        # on what attention adds to x
+        self.norm2 = _norm_weight(c, c.norm_in)
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-        self.norm2_out = _norm_weight(c) if c.gemma else None       # on what the MLP adds
+        self.norm2_out = _norm_weight(c, c.norm_out)        # on what the MLP adds
 
-    def forward(self, x, cos, sin, view, layer, mask):
-        """x [N, H]; cos, sin [N, 1, hd]; layer: this one's number; mask: the view's, for its window -> [N, H]."""
+    def forward(self, x, rope, view, layer, mask):
+        """x [N, H]; rope: (cos, sin), [N, 1, hd] each, or None where positions are not told; layer: this one's number;
+        mask: the view's, for its window -> [N, H]."""
         c, nh, nkv, hd = self.config, self.nh, self.nkv, self.hd
         # attention
         qkv = self.qkv(_norm(x, self.norm1, c)).view(len(x), nh + 2 * nkv, hd)
         qk, v = qkv[:, :nh + nkv], qkv[:, nh + nkv:]
         if self.q_norm is not None:
-            qk = torch.cat([F.rms_norm(qk[:, :nh], (hd,), self.q_norm, c.norm_eps),
-                            F.rms_norm(qk[:, nh:], (hd,), self.k_norm, c.norm_eps)], 1)
+            qk = torch.cat([_norm_heads(qk[:, :nh], self.q_norm, c), _norm_heads(qk[:, nh:], self.k_norm, c)], 1)
         # RoPE on queries and keys at once: dimension i rotates with i + hd/2. Rolling by half swaps the halves;
         # the minus sign of the rotation is already in `sin`.
-        qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
+        if rope is not None:
+            cos, sin = rope
+            qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
         y = view.attend(layer, qk[:, :nh], qk[:, nh:], v, mask, c.attention_scale, c.attention_cap)
-        y = self.o(y.flatten(1))
-        x = x + (_norm(y, self.norm1_out, c) if c.gemma else y)
+        x = x + _norm(self.o(y.flatten(1)), self.norm1_out, c)
         # MLP
         gate, up = self.gate_up(_norm(x, self.norm2, c)).chunk(2, -1)
         gate = F.gelu(gate, approximate="tanh") if c.gemma else F.silu(gate)
-        y = self.down(gate * up)
-        return x + (_norm(y, self.norm2_out, c) if c.gemma else y)
+        return x + _norm(self.down(gate * up), self.norm2_out, c)
 
 
 class Transformer(nn.Module):
@@ -576,14 +562,15 @@ class Transformer(nn.Module):
         c = self.config
         if view is None:
             view = CausalRows(*tokens.shape, tokens.device)
-        cos, sin = self._rope(view.positions, view.max_position)
+        rope = self._rope(view.positions, view.max_position)
+        rotated = c.rotated or (True,) * c.num_layers
         windows = c.windows or (None,) * c.num_layers
         masks = {window: view.mask(window, c, self.dtype) for window in set(windows)}
         x = self.embed(tokens.flatten())
         if c.gemma:
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)     # rounded to bfloat16 first, as it was trained
         for i, layer in enumerate(self.layers):
-            inputs = x, cos, sin, view, i, masks[windows[i]]
+            inputs = x, rope if rotated[i] else None, view, i, masks[windows[i]]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)   # nothing is random here
             else:
@@ -599,9 +586,10 @@ class Transformer(nn.Module):
         table = self._rope_table
         if table is None or table.shape[1] < longest or table.device != positions.device or table.dtype != self.dtype:
             size = 1 << max(8, (longest - 1).bit_length())                      # a power of 2, 256 or more
-            inverse = _inverse_frequencies(self.config).to(positions.device)
-            angle = torch.arange(size, device=positions.device)[:, None].float() * inverse          # [size, hd/2]
-            table = torch.stack([torch.cat([angle.cos(), angle.cos()], 1), torch.cat([-angle.sin(), angle.sin()], 1)])
+            inverse, scale = kernels.rope_frequencies(self.config.rope, self.config.head_dim)
+            angle = torch.arange(size, device=positions.device)[:, None].float() * inverse.to(positions.device)
+            cos, sin = angle.cos() * scale, angle.sin() * scale                 # [size, hd/2]
+            table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
             self._rope_table = table = table.to(self.dtype)                     # [2, size, hd]
         cos, sin = table[:, positions].unsqueeze(2)
         return cos, sin
@@ -627,7 +615,9 @@ class Transformer(nn.Module):
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
-        """Write a complete Hugging Face checkpoint, atomically; the tokenizer too where one is given."""
+        """Write a complete Hugging Face checkpoint, atomically. tokenizer: the directory of a checkpoint, whose
+        tokenizer files are copied byte for byte, or a tokenizer object, which writes itself; None for no tokenizer.
+        Raises UserError for a directory without such files."""
         raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}    # dtype's older name
         raw["dtype"] = str(self.dtype).removeprefix("torch.")
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
@@ -639,24 +629,11 @@ class Transformer(nn.Module):
             run.write_json(os.path.join(path, "generation_config.json"), generation)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _names(self).items()}
             _write_tensors(tensors, path, max_shard_bytes)
-            if tokenizer is not None:
+            if isinstance(tokenizer, (str, os.PathLike)):
+                _copy_tokenizer(tokenizer, path)
+            elif tokenizer is not None:
                 tokenizer.save_pretrained(path)
         run.write_atomically(directory, write)
-
-
-def _inverse_frequencies(config):
-    """[hd/2] by what angle each pair of dimensions turns from one position to the next. linear scaling divides all of
-    them by `factor`; llama3 scaling divides the slow ones, keeps the fast, and blends those between."""
-    rope = config.rope
-    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if rope["rope_type"] == "linear":
-        return inverse / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)      # full turns in the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * inverse + (1 - keep) * inverse / rope["factor"]
-    return inverse
 
 
 def response_logprobs(net, prompts, responses):
@@ -674,6 +651,9 @@ def response_logprobs(net, prompts, responses):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the Hugging Face layout
+
+TOKENIZER_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+                   "tekken.json", "chat_template.*", "additional_chat_templates/*")
 
 
 def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")):
@@ -696,6 +676,19 @@ def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.mod
         raise run.UserError(f"{path_or_hub_id} is no directory here, and the hub did not give it "
                             f"({type(error).__name__}); check the name, the connection and, "
                             "for gated models, `hf auth login`") from None
+
+
+def _copy_tokenizer(directory, path):
+    """Copy the tokenizer's files of a checkpoint's directory as they are. Written anew by transformers 5 they can be
+    unreadable to transformers 4, and lack the tokenizer.model that conversion to GGUF needs."""
+    files = [file for pattern in TOKENIZER_FILES for file in glob.glob(pattern, root_dir=directory)
+             if os.path.isfile(os.path.join(directory, file))]
+    if not files:
+        raise run.UserError(f"{directory} has no tokenizer to copy; put its files (tokenizer.json and so on) there")
+    for file in files:
+        target = os.path.join(path, file)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(os.path.join(directory, file), target)
 
 
 def _read_tensors(path):
@@ -732,19 +725,22 @@ def _names(net):
     for i, layer in enumerate(net.layers):
         prefix = f"model.layers.{i}."
         norms = {"input": layer.norm1, "post_attention": layer.norm2}           # this "post" stands before the MLP
-        if c.gemma:
+        if c.norm_out:
             norms = {"input": layer.norm1, "post_attention": layer.norm1_out,
                      "pre_feedforward": layer.norm2, "post_feedforward": layer.norm2_out}
         for name, weight in norms.items():
-            names[f"{prefix}{name}_layernorm.weight"] = weight
+            if weight is not None:
+                names[f"{prefix}{name}_layernorm.weight"] = weight
         if c.qk_norm:
             names[prefix + "self_attn.q_norm.weight"] = layer.q_norm
             names[prefix + "self_attn.k_norm.weight"] = layer.k_norm
         # each of our linears, and the rows of it that each of theirs has
-        linears = ((layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
-                   (layer.o, {"self_attn.o_proj": c.hidden_size}),
-                   (layer.down, {"mlp.down_proj": c.hidden_size}),
-                   (layer.gate_up, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}))
+        qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+        gate_up = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
+        if c.fused:
+            qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * mlp}
+        linears = ((layer.qkv, qkv), (layer.o, {"self_attn.o_proj": c.hidden_size}),
+                   (layer.down, {"mlp.down_proj": c.hidden_size}), (layer.gate_up, gate_up))
         for kind in ("weight", "bias"):
             for linear, sizes in linears:
                 tensor = getattr(linear, kind)
@@ -770,6 +766,9 @@ def _fill(net, tensors, path):
             raise run.UserError(f"{file}: {key} has shape {list(tensor.shape)}, "
                                 f"config.json wants {list(names[key].shape)}; they do not belong together")
         names[key].copy_(tensor)                # in place: this may be a slice of a fused weight
+        if not all(bound.isfinite() for bound in names[key].aminmax()):         # one reading, which passes NaN on
+            raise run.UserError(f"{file}: {key} holds NaN or infinite numbers; download the checkpoint again or, "
+                                "if a run of yours wrote it, take an earlier one")
         missing.discard(key)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -781,19 +780,18 @@ def _write_tensors(tensors, path, max_shard_bytes):
     """Write model.safetensors, or shards with an index where it would exceed max_shard_bytes."""
     from safetensors.torch import save_file
 
-    shards, size = [{}], 0                      # size: bytes in the last shard
+    shards, sizes = [{}], [0]                   # sizes: bytes in each shard
     for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > max_shard_bytes:
+        if sizes[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
             shards.append({})
-            size = 0
+            sizes.append(0)
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        sizes[-1] += tensor.nbytes
     weight_map = {}                             # {name of a weight: its file}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(path, file), metadata={"format": "pt"})
         weight_map |= {name: file for name in shard}
     if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
         run.write_json(os.path.join(path, "model.safetensors.index.json"),
-                       {"metadata": {"total_size": size}, "weight_map": weight_map})
+                       {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

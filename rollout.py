@@ -20,6 +20,7 @@ up to floating-point rounding at the boundary of two tokens.
 """
 
 import dataclasses
+import math
 import time
 
 import torch
@@ -190,7 +191,7 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
     max_rows bounds the rows in flight and with them the cache, which takes layers * 2 * nkv * hd * (longest prompt +
     max_new_tokens) numbers a row. prefill_tokens bounds the prompts that are computed at once, but for a single one.
     desc: label of a progress bar, None for no bar. Returns Samples. Raises ValueError for an empty prompt or one that
-    leaves no room for max_new_tokens in the model's context.
+    leaves no room for max_new_tokens in the model's context, UserError where a log-prob is NaN or infinite.
     """
     start = time.perf_counter()
     B = len(prompts)
@@ -288,13 +289,18 @@ def _append(rows, turn, logits, temperature, top_p, top_k):
 
 
 def _collect(rows, ended, stop, samples):
-    """Copy the finished rows `ended` [E] to the result."""
+    """Copy the finished rows `ended` [E] to the result. A log-prob that is not finite is noticed here, on the host,
+    where it is being read anyway: asking the device after every token would cost a round trip each."""
     made, by_stop = rows.made[ended].tolist(), torch.isin(rows.token[ended], stop).tolist()
     out, logprob = rows.out[ended].tolist(), rows.logprob[ended].tolist()
     for j, row in enumerate(ended.tolist()):
         b, i = rows.owner[row]
         samples.tokens[b][i] = out[j][:made[j]]
         samples.logprobs[b][i] = logprob[j][:made[j]]
+        if not math.isfinite(sum(samples.logprobs[b][i])):
+            raise run.UserError("the model gave a log-probability that is NaN or infinite while sampling: its weights "
+                                "are damaged (a run that diverged?) or its numbers overflow; try --dtype float32 or an "
+                                "earlier checkpoint")
         samples.finish[b][i] = "stop" if by_stop[j] else "length"
 
 

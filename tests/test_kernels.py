@@ -11,8 +11,10 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kernels
 
@@ -192,6 +194,46 @@ def test_sum_rows():
     assert sums.tolist() == [10.0, 0.0, 5.0, 0.0]
     (sums * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
     assert values.grad.tolist() == [100.0, 1.0, 100.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoPE's angles, against transformers' own
+
+STRETCH = dict(rope_theta=10000.0, factor=4.0, original_max_position_embeddings=512)
+ROPES = [
+    dict(rope_type="linear", rope_theta=500.0, factor=3.0),
+    dict(STRETCH, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+    dict(STRETCH, rope_type="yarn"),
+    dict(STRETCH, rope_type="yarn", rope_theta=5000000.0, factor=2.0, original_max_position_embeddings=65536),
+    dict(STRETCH, rope_type="yarn", truncate=False),
+    dict(STRETCH, rope_type="yarn", beta_fast=16.0, beta_slow=2.0),
+    dict(STRETCH, rope_type="yarn", beta_fast=None, beta_slow=None, attention_factor=None),
+    dict(STRETCH, rope_type="yarn", attention_factor=1.5, mscale=2.0, mscale_all_dim=1.0),
+    dict(STRETCH, rope_type="yarn", factor=40.0, mscale=0.707, mscale_all_dim=1.0),
+    dict(STRETCH, rope_type="yarn", mscale=0.707),                              # alone it counts for nothing
+    dict(STRETCH, rope_type="yarn", factor=1.0),
+    dict(STRETCH, rope_type="yarn", beta_fast=3.0, beta_slow=3.0, truncate=False),      # a step, no ramp
+    dict(STRETCH, rope_type="yarn", original_max_position_embeddings=2),        # the ramp ends before it begins
+]
+
+
+@pytest.mark.parametrize("head_dim", [8, 48, 128])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: ", ".join(f"{key}={value}" for key, value in rope.items()))
+def test_rope_frequencies_are_transformers(rope, head_dim):
+    config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=2048,
+                                      rope_parameters=dict(rope))
+    want, want_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    inverse, scale = kernels.rope_frequencies(rope, head_dim)
+    assert inverse.shape == (head_dim // 2,) and inverse.dtype == torch.float32
+    torch.testing.assert_close(inverse, want, atol=0, rtol=1e-5)
+    assert scale == pytest.approx(want_scale, abs=1e-12)
+
+
+def test_rope_scaling_slows_the_slow_pairs_alone():
+    plain, scale = kernels.rope_frequencies(dict(rope_type="default", rope_theta=10000.0), 128)
+    assert plain[0] == 1 and scale == 1.0 and torch.equal(plain, plain.sort(descending=True).values)
+    slower = kernels.rope_frequencies(ROPES[2], 128)[0] / plain
+    assert slower[0] == 1 and slower[-1] == pytest.approx(1 / 4) and (slower.diff() <= 1e-6).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config,
+                          Qwen2Config, Qwen3Config, SmolLM3Config)
 
 import kernels
 import model
@@ -29,6 +30,7 @@ SIZE = dict(vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_laye
             max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=32)
 FAMILIES = {
     "llama": LlamaConfig(**SIZE, num_key_value_heads=2, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "llama-bias": LlamaConfig(**SIZE, num_key_value_heads=4, attention_bias=True, mlp_bias=True,
@@ -37,6 +39,14 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SIZE, num_key_value_heads=2, use_sliding_window=True, sliding_window=WINDOW,
                          max_window_layers=1),
     "qwen3": Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    "qwen3-yarn": Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16, rope_parameters=YARN),
+    # layer 1 without RoPE, with a window; then layer 0 alone without RoPE, by a list that is longer than needed
+    "smollm3": SmolLM3Config(**SIZE, num_key_value_heads=2, no_rope_layer_interval=2, use_sliding_window=True,
+                             sliding_window=WINDOW),
+    "smollm3-bias": SmolLM3Config(**SIZE, num_key_value_heads=1, no_rope_layers=[0, 1, 1, 1], attention_bias=True,
+                                  mlp_bias=True, tie_word_embeddings=False),
+    "olmo2": Olmo2Config(**SIZE, num_key_value_heads=2),
+    "phi3": Phi3Config(**SIZE, num_key_value_heads=2, sliding_window=WINDOW),
     # caps about as large as what they bound, a scale that is not head_dim ** -0.5, windows in layers 0 and 2
     "gemma2": Gemma2Config(**SIZE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=WINDOW,
                            attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
@@ -86,7 +96,7 @@ def logits(net, row):
 def test_doctests():
     """Among them the pack of two prompts and three responses, token for token."""
     result = doctest.testmod(model)
-    assert result.failed == 0 and result.attempted >= 7
+    assert result.failed == 0 and result.attempted >= 4
 
 
 def read_json(*path):
@@ -126,24 +136,30 @@ def without_qk_norm(net):
         layer.k_norm.data.fill_(1)
 
 
+def without_sharper_attention(net):
+    net.config.rope["attention_factor"] = 1.0
+
+
 def without(field, value=None):
     return lambda net: setattr(net.config, field, value)
 
 
 def with_silu_and_llamas_norms(net):
-    """Gemma 2 but for its 1 + weight, its norms on the outputs, its embeddings' factor and GELU."""
+    """Gemma 2 but for its 1 + weight, its embeddings' factor and GELU."""
     net.config.gemma = False
 
 
 def without_output_norms(net):
-    """Weights of 0 in place of 1 + weight: nothing is added to the residual stream, by attention or by the MLP."""
     for layer in net.layers:
-        layer.norm1_out.data.fill_(-1)
+        layer.norm1_out = layer.norm2_out = None
 
 
 SPOIL = [("llama", without_rope_scaling), ("llama-bias", without_rope_scaling), ("llama-bias", without_out_bias),
          ("mistral", without_windows), ("qwen2", without_windows), ("qwen2", without_qkv_bias),
-         ("qwen3", without_qk_norm),
+         ("qwen3", without_qk_norm), ("qwen3-yarn", without_rope_scaling), ("qwen3-yarn", without_sharper_attention),
+         ("smollm3", without_windows), ("smollm3", without("rotated", ())), ("smollm3-bias", without("rotated", ())),
+         ("smollm3-bias", without_out_bias), ("olmo2", without_qk_norm), ("olmo2", without_output_norms),
+         ("phi3", without_windows),
          ("gemma2", without_windows), ("gemma2", without("attention_cap")), ("gemma2", without("logit_cap")),
          ("gemma2", without("attention_scale")), ("gemma2", with_silu_and_llamas_norms),
          ("gemma2", without_output_norms), ("gemma2-uncapped", without_out_bias),
@@ -242,7 +258,7 @@ def test_older_spellings_of_the_config(checkpoints, tmp_path, name):
     raw["torch_dtype"] = raw.pop("dtype")
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = {**rope, "type": rope.pop("rope_type")} if rope["rope_type"] != "default" else None
-    raw.pop("layer_types", None)  # Qwen2's windows then follow from max_window_layers
+    raw.pop("layer_types", None)  # windows then follow: Qwen2's from max_window_layers, SmolLM3's from its layers' RoPE
     write_json(raw, directory, "config.json")
     net = Transformer.from_pretrained(directory)
     torch.testing.assert_close(logits(net, ROWS[0]), logits(checkpoints[name][1], ROWS[0]), atol=1e-4, rtol=0)
@@ -262,20 +278,43 @@ def test_an_unused_window_is_no_window(checkpoints, tmp_path):
     assert Transformer.from_pretrained(directory).config.windows == (None, None, None)
 
 
-def test_gemma_keys_that_are_left_out():
-    """All but the sizes may be missing: each is then as transformers fills it in, and stays missing in what we save."""
+def config_of(family, **changes):
+    """(Config of a config.json with nothing but model_type, sizes and `changes`; what transformers fills in there)."""
     sizes = {key: SIZE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                        "num_attention_heads")}
-    want = Gemma2Config(**sizes)
-    got = model.Config.from_hf({"model_type": "gemma2", **sizes})
-    assert got.raw == {"model_type": "gemma2", **sizes}
-    assert got == dataclasses.replace(model.Config.from_hf(want.to_dict()), raw=got.raw)
-    assert got.windows == (want.sliding_window, None, want.sliding_window) and got.tied == want.tie_word_embeddings
-    assert got.attention_cap == want.attn_logit_softcapping and got.logit_cap == want.final_logit_softcapping
-    assert got.attention_scale == want.query_pre_attn_scalar**-0.5 and got.max_positions == want.max_position_embeddings
-    assert got.head_dim == want.head_dim and got.num_kv_heads == want.num_key_value_heads
-    assert got.norm_eps == want.rms_norm_eps
+                                        "num_attention_heads")} | changes
+    return model.Config.from_hf({"model_type": family, **sizes}), transformers.AutoConfig.for_model(family, **sizes)
+
+
+@pytest.mark.parametrize("family, changes", [("smollm3", dict(num_attention_heads=8)), ("olmo2", {}), ("phi3", {}),
+                                             ("gemma2", {})])
+def test_keys_that_are_left_out(family, changes):
+    """All but the sizes may be missing: each is then as transformers fills it in, and stays missing in what we save."""
+    got, want = config_of(family, **changes)
+    assert set(got.raw) == {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                            "num_attention_heads"}
+    filled = model.Config.from_hf(want.to_dict())
+    assert got == dataclasses.replace(filled, raw=got.raw, rope={key: filled.rope[key] for key in got.rope})
+    assert got.tied == want.tie_word_embeddings and got.max_positions == want.max_position_embeddings
+    assert got.num_kv_heads == want.num_key_value_heads and got.norm_eps == want.rms_norm_eps
     assert got.rope["rope_theta"] == want.rope_parameters["rope_theta"]
+
+
+def test_gemma_and_smollm3_keys_that_are_left_out():
+    got, want = config_of("gemma2")
+    assert got.windows == (want.sliding_window, None, want.sliding_window) and got.head_dim == want.head_dim
+    assert got.attention_cap == want.attn_logit_softcapping and got.logit_cap == want.final_logit_softcapping
+    assert got.attention_scale == want.query_pre_attn_scalar**-0.5
+    got, want = config_of("smollm3", num_attention_heads=8, num_hidden_layers=9)
+    assert list(map(int, got.rotated)) == want.no_rope_layers == [1, 1, 1, 0, 1, 1, 1, 0, 1]
+
+
+def test_yarn_makes_room_for_what_it_stretches_to():
+    """Qwen's model cards have one write factor 4 into config.json and leave max_position_embeddings as it was."""
+    rope = {"type": "yarn", "factor": 4.0}
+    assert config_of("qwen2", max_position_embeddings=32, rope_scaling=rope)[0].max_positions == 128
+    rope["original_max_position_embeddings"] = 8
+    assert config_of("qwen2", max_position_embeddings=32, rope_scaling=rope)[0].max_positions == 32
+    assert config_of("qwen2", max_position_embeddings=64)[0].max_positions == 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,8 +406,8 @@ def test_a_mask_for_each_window_and_not_for_each_layer(checkpoints, monkeypatch)
     """Layers of no window, 4 and 4. Prompts without a window are left to torch's own causal kernel."""
     net = Transformer.from_pretrained(checkpoints["qwen2"][0])
     assert net.config.windows == (None, WINDOW, WINDOW)
-    built, real = [], model._mask
-    monkeypatch.setattr(model, "_mask", lambda *arguments: built.append(arguments[2]) or real(*arguments))
+    built, real = [], kernels.attention_mask
+    monkeypatch.setattr(kernels, "attention_mask", lambda *args: built.append(args[2]) or real(*args))
     view = model.SharedPrefix(PROMPTS, RESPONSES, "cpu")
     net(view.tokens, view)
     assert sorted(map(str, built)) == ["4", "4", "None"]                        # prompts; responses; responses
@@ -555,6 +594,50 @@ def test_the_tokenizer_is_saved_with_the_model(checkpoints, tmp_path):
     assert again("a").input_ids == [1] and again.chat_template == "{{ messages[0] }}"
 
 
+TOKENIZER = {   # beside a Llama's weights; JSON with spaces and an order of keys that no program would write again
+    "tokenizer.model": b"\x0a\x0e\x0a\x05<unk>\x15 a sentencepiece model, \x00\xff\x80 as bytes",
+    "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer",   "unk_token": "<unk>", "bos_token": "<s>",\n'
+                             b'  "eos_token": "</s>", "legacy": false, "add_bos_token": true}',
+    "special_tokens_map.json": b'{"unk_token":"<unk>", "eos_token":"</s>",\t"bos_token":"<s>"}\n\n',
+    "added_tokens.json": b"{}",
+    "chat_template.jinja": b"{% for m in messages %}{{ m['content'] }}{% endfor %}\r\n",
+    "additional_chat_templates/rag.jinja": b"{{ documents }}",
+}
+OTHERS = {"README.md": b"# a model", "pytorch_model.bin": b"old weights", "training_args.bin": b"no"}
+
+
+def test_a_tokenizers_files_are_copied_byte_for_byte(checkpoints, tmp_path):
+    """transformers 5 would write another tokenizer_class, which transformers 4 does not know, and no tokenizer.model.
+    Links, as in the hub's cache, become files; weights and README stay where they are."""
+    source = shutil.copytree(checkpoints["llama"][0], tmp_path / "source")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
+    bpe = Tokenizer(models.BPE(vocab=words, merges=[("\u2581", "a")], unk_token="<unk>"))
+    held = {**TOKENIZER, "tokenizer.json": bpe.to_str(pretty=True).encode() + b"\n \n"}
+    for name, content in {**held, **OTHERS}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    (source / "tokenizer.model").rename(tmp_path / "blob")
+    (source / "tokenizer.model").symlink_to(tmp_path / "blob")
+    mine = tmp_path / "mine"
+    Transformer.from_pretrained(source).save_pretrained(mine, source)
+    saved = {str(path.relative_to(mine)): path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    assert {name: content for name, content in saved.items() if name in held} == held
+    assert set(saved) - set(held) == {"config.json", "generation_config.json", "model.safetensors"}
+    assert not (mine / "tokenizer.model").is_symlink()
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(path) for path in (mine, source))
+    assert type(ours) is type(theirs) and ours("a a").input_ids == theirs("a a").input_ids and 5 in ours("a").input_ids
+    assert ours.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).strip() == "a"
+    Transformer.from_pretrained(mine).save_pretrained(mine, str(mine))  # onto itself
+    assert {name: (mine / name).read_bytes() for name in held} == held
+
+
+def test_a_directory_without_a_tokenizer(checkpoints, tmp_path):
+    net = Transformer.from_pretrained(checkpoints["llama"][0])
+    with pytest.raises(UserError, match="no tokenizer"):
+        net.save_pretrained(tmp_path / "mine", checkpoints["llama"][0])
+    assert not os.path.exists(tmp_path / "mine")
+
+
 def test_a_trailing_slash_is_the_same_directory(checkpoints, tmp_path):
     """Guards against a temporary directory inside the target, which replacing the target would throw away."""
     net = Transformer.from_pretrained(checkpoints["llama"][0])
@@ -642,13 +725,16 @@ def second_shard(d):
 
 
 NORM = "model.layers.1.input_layernorm.weight"
+VALUE = "model.layers.1.self_attn.v_proj.weight"
 INDEX = "model.safetensors.index.json"
 BAD = {  # what is done to a good checkpoint, the file that is named, and what else is said
     "unknown family": (edit_config(model_type="gpt2"), "config.json", "'gpt2'"),
     "no family": (edit_config(model_type=None), "config.json", "model_type"),
     "activation": (edit_config(hidden_act="gelu"), "config.json", "'gelu'"),
-    "rope type": (edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json", "'yarn'"),
-    "rope type, older": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}), "config.json", "'yarn'"),
+    "rope type": (edit_config(rope_parameters={"rope_type": "longrope"}), "config.json", "'longrope'"),
+    "rope type, older": (edit_config(rope_parameters=None, rope_scaling={"type": "dynamic"}), "config.json", "dynamic"),
+    "part of the head": (edit_config(partial_rotary_factor=0.75), "config.json", "partial_rotary_factor"),
+    "yarn without its factor": (edit_config(rope_parameters={"rope_type": "yarn"}), "config.json", "'factor'"),
     "rope without its numbers": (edit_config(rope_parameters={"rope_type": "llama3"}), "config.json", "factor"),
     "linear rope without its factor": (edit_config(rope_parameters={"rope_type": "linear"}), "config.json", "factor"),
     "config lacks a key": (text("config.json", '{"model_type": "llama"}'), "config.json", "num_attention_heads"),
@@ -668,8 +754,30 @@ BAD = {  # what is done to a good checkpoint, the file that is named, and what e
     "weights of a shallower model": (edit_config(num_hidden_layers=4), "", "and 8 more"),
     "one weight too many": (edit_weights(lambda w: w.update({"extra": torch.ones(1)})), "model.safetensors", "extra"),
     "a weight is shorter": (edit_weights(lambda w: w.update({NORM: torch.ones(31)})), "model.safetensors", "[31]"),
+    "NaN": (edit_weights(lambda w: w[NORM][3].fill_(float("nan"))), "model.safetensors", NORM),
+    "infinite": (edit_weights(lambda w: w[NORM][3].fill_(float("inf"))), "model.safetensors", NORM),
+    "minus infinite": (edit_weights(lambda w: w[VALUE][3, 5].fill_(-float("inf"))), "model.safetensors", VALUE),
     "config of a wider model": (edit_config(intermediate_size=48), "model.safetensors", "config.json wants"),
 }
+
+
+BAD_FAMILY = {  # a family's checkpoint, a change of its config.json, and what is said
+    "longrope": ("phi3", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'"),
+    "longrope by another name": ("phi3", dict(rope_parameters=YARN), "phi3 checkpoints"),
+    "too few flags": ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers"),
+    "weights of another family": ("olmo2", dict(model_type="llama"), "post_feedforward_layernorm"),
+    "parts of fused weights": ("mistral", dict(model_type="phi3"), "a phi3 model does not have"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_FAMILY)
+def test_bad_checkpoints_of_other_families(checkpoints, tmp_path, how):
+    family, change, says = BAD_FAMILY[how]
+    directory = shutil.copytree(checkpoints[family][0], tmp_path / "bad")
+    edit_config(**change)(directory)
+    with pytest.raises(UserError) as error:
+        Transformer.from_pretrained(directory)
+    assert str(directory) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
 BAD_GEMMA = {  # a change of config.json, and what is said

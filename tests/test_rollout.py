@@ -5,6 +5,7 @@ those of a sound generator failing with seeds drawn anew. The net is random with
 as unsure as a trained model sampling at temperature 1, so that no token is a foregone conclusion.
 """
 
+import copy
 import doctest
 import math
 
@@ -217,6 +218,24 @@ def test_truncation_and_temperature_do_not_touch_the_logprob():
 def test_extreme_logits():
     token, logprob = choose(torch.tensor([[-3e4, 9e4, 9e4, 0.0]]), torch.tensor([0.75]))
     assert token.tolist() == [2] and logprob.item() == pytest.approx(-math.log(2))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "top_p": 0.8, "top_k": 10}, {"temperature": 0}], ids=str)
+@pytest.mark.parametrize("damage", ["NaN", "overflow", "one token"])
+def test_logprobs_that_are_not_finite_end_in_a_sentence(net, how, damage):
+    """Not in a sample with a NaN in it, which sampling itself would not notice: NaN is drawn as token 0."""
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        if damage == "NaN":
+            broken.layers[1].down.weight[3, 4] = math.nan
+        elif damage == "overflow":
+            broken.head.weight *= 1e38
+        else:
+            broken.embed.weight[48] = math.nan      # in one of the prompts, and sooner or later in others' samples
+    with pytest.raises(run.UserError) as error:
+        generate(broken, PROMPTS, 2, 5, **how)
+    assert "NaN or infinite" in str(error.value) and "--dtype float32" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_sampling_leaves_the_net_fit_for_training(net):
