@@ -212,7 +212,7 @@ def _content(turn):
 def _read_alpaca_answer(row):
     # generate's jsonl keeps `instruction` without its `input`, but has the whole of it in `prompt`
     prompt = row["prompt" if "prompt" in row else "instruction"]
-    return str(Prompt(prompt)) if isinstance(prompt, list) else prompt, [row["output"]], row["generator"]
+    return Prompt(prompt) if isinstance(prompt, list) else prompt, [row["output"]], row["generator"]
 
 
 def _read_mtbench_answer(row):

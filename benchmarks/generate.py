@@ -44,8 +44,7 @@ class GenerateSettings(EndpointSettings):
                                "turns), arena (Arena-Hard), or jsonl (the questions' rows with `output`) (needed)",
                            tuple(MAX_NEW_TOKENS), needed=True)
     out: str = run.flag("", "the answer file (needed); the same command goes on where it was interrupted", needed=True)
-    name: str = run.flag("", "the model's name in the file [api: MODEL_NAME; else the last part of "
-                               "--model]")
+    name: str = run.flag("", "the model's name in the file [api: MODEL_NAME; else the last part of --model]")
     preset: str = run.flag("", "the decoding of a paper's evaluation: LSP's, or SPPO's for one of its models",
                            tuple(DECODING))
     temperature: float | None = run.flag(None, "sampling temperature, 0 is greedy; given, or set by --preset, it holds "

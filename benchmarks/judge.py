@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 
 import torch
 
@@ -34,6 +35,7 @@ from chat import Prompt, fill, load_checkpoint, placeholders, read_template, rea
 # ---------------------------------------------------------------------------------------------------------------------
 # what judges that read text are asked, in this project's own words with the benchmarks' labels
 #
+# The example of a rating holds no digit: a judge that repeats it has not rated yet, and the first rating counts.
 # The names in curly brackets are what a text given with --judge-prompt has to hold too. They are filled in one pass, so
 # that an answer which spells one out stays as it is.
 
@@ -82,7 +84,7 @@ original where that was asked for? An earlier answer is there only to make the l
 
 # Your verdict
 Explain it in a few sentences. If a correct answer is given for comparison, name the mistakes you find against it. End
-with a whole number from 1 (useless) to 10 (excellent) in double brackets, for instance [[5]]."""
+with your rating, a whole number from 1 (useless) to 10 (excellent), in double brackets and nowhere else: [[rating]]."""
 
 JUDGE_PROMPTS = {"pairwise": PAIRWISE_PROMPT, "arena": ARENA_PROMPT, "single": SINGLE_PROMPT}
 MAX_TOKENS = 2048                                               # of a judge's reply, FastChat's
@@ -140,6 +142,9 @@ def main(argv):
                        as_list=args.mode == "pairwise")
     report = {"out": args.out, "mode": args.mode, "judge": args.judge, **replies.report, "judged_now": now}
     print(json.dumps(report) if args.json else _as_text(report))
+    if 2 * report["unreadable"] > report["judgments"]:
+        print("warning: more than half of the verdicts could not be read; give the judge another --judge-prompt, more "
+              "--judge-max-tokens, or --template-option enable_thinking=false", file=sys.stderr)
 
 
 def _check_judge(args):

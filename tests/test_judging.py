@@ -668,11 +668,16 @@ def test_what_cannot_be_read_is_null_and_counted(endpoint, capsys):
     alpaca("theirs.json", "baseline", lambda i: "No.")
     endpoint.script = [tokens(x=-0.1), tokens(M=-0.1, x=-3.0), tokens(m=-0.1), tokens(m=-1.0, M=-1.0),
                        tokens(Model=-0.1)]
-    said = report(capsys, *api(endpoint, "ours.json", "pairwise", "a.json", "--reference", "theirs.json"),
-                  "--workers", "1")
+    command = api(endpoint, "ours.json", "pairwise", "a.json", "--reference", "theirs.json", "--workers", "1")
+    said = report(capsys, *command)
     got = [r["preference"] for r in read("a.json")]
     assert got[0] is None and got[4] is None and said["unreadable"] == 2
     assert {got[1], got[2]} <= {1, 2} and got[3] == 1.5
+    eval.main(command)
+    assert "warning" not in capsys.readouterr().err
+    endpoint.reply = lambda prompt: tokens(**{"<think>": -0.1})                 # a judge that thinks first
+    eval.main([*command, "--out", "b.json"])
+    assert "more than half of the verdicts could not be read" in capsys.readouterr().err
 
 
 def test_arena_plays_both_orders_and_keeps_what_came(endpoint, capsys, monkeypatch):
@@ -914,5 +919,6 @@ def test_wrong_input_of_judge(llama3, complaint, monkeypatch):
 
 def test_the_judges_prompts_ask_for_what_is_parsed():
     for mode, text in benchmarks.judge.JUDGE_PROMPTS.items():
-        labels = {"pairwise": [], "arena": ["A>>B", "A>B", "A=B", "B>A", "B>>A"], "single": ["5"]}[mode]
+        labels = {"pairwise": [], "arena": ["A>>B", "A>B", "A=B", "B>A", "B>>A"], "single": ["rating"]}[mode]
         assert set(re.findall(r"\[\[(.*?)\]\]", text)) == set(labels)
+    assert parse_rating(benchmarks.judge.SINGLE_PROMPT) == -1           # a judge that repeats it has not rated
