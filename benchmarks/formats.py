@@ -15,7 +15,7 @@ import os
 import re
 
 import run
-from chat import HUB, Prompt, hub_rows, prompt_of, read_prompts, read_rows, stored, turns_of
+from chat import HUB, Prompt, as_row, hub_rows, prompt_of, read_prompts, read_rows, stored, turns_of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def _question_rows(path):
     if path.removesuffix(".gz").endswith((".jsonl", ".json")):
         return read_rows("--prompts", path)
     if os.path.exists(path) or not HUB.fullmatch(path):
-        return [(f"prompt {i}", {**p.row, "prompt": stored(p)}) for i, p in enumerate(read_prompts(path), 1)]
+        return [(f"prompt {i}", as_row(prompt)) for i, prompt in enumerate(read_prompts(path), 1)]
     return [(f"row {i}", dict(row)) for i, row in enumerate(hub_rows(path, "--prompts"), 1)]
 
 
