@@ -599,7 +599,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
         """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards. Raises UserError,
-        naming the file, for an unknown family, a missing or misshapen weight, or a truncated file."""
+        naming the file, for an unknown family, a weight that is missing, misshapen or not finite, or a truncated file."""
         path = fetch(path_or_hub_id)
         where = os.path.join(path, "config.json")
         config = Config.from_hf(run.read_json(where), where)
@@ -615,7 +615,7 @@ class Transformer(nn.Module):
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
-        """Write a complete Hugging Face checkpoint, atomically. tokenizer: the directory of a checkpoint, whose
+        """Write a complete Hugging Face checkpoint, atomically. tokenizer: a checkpoint's directory (or hub id), whose
         tokenizer files are copied byte for byte, or a tokenizer object, which writes itself; None for no tokenizer.
         Raises UserError for a directory without such files."""
         raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}    # dtype's older name
@@ -630,7 +630,7 @@ class Transformer(nn.Module):
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _names(self).items()}
             _write_tensors(tensors, path, max_shard_bytes)
             if isinstance(tokenizer, (str, os.PathLike)):
-                _copy_tokenizer(tokenizer, path)
+                _copy_tokenizer(fetch(tokenizer), path)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(path)
         run.write_atomically(directory, write)
@@ -753,7 +753,7 @@ def _names(net):
 @torch.no_grad()
 def _fill(net, tensors, path):
     """Copy a checkpoint's weights, (file, name, tensor) each, into the net. Raises UserError unless every weight of the
-    net comes by in its shape, and no other."""
+    net comes by in its shape and finite, and no other."""
     names = _names(net)
     missing = set(names)
     for file, key, tensor in tensors:
