@@ -599,7 +599,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
         """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards. Raises UserError,
-        naming the file, for an unknown family, a weight that is missing, misshapen or not finite, or a truncated file."""
+        naming the file, for an unknown family, a missing, misshapen or not finite weight, or a truncated file."""
         path = fetch(path_or_hub_id)
         where = os.path.join(path, "config.json")
         config = Config.from_hf(run.read_json(where), where)
