@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import DebertaV2Config, DebertaV2Model
 
 import kernels
+import pairrm
 import prefmodel
 import run
 import world
@@ -166,22 +167,22 @@ def test_pairwise_keeps_a_cycle_and_aggregate_loses_it():
     p = 1 / (1 + torch.exp(torch.tensor(-2.0)))  # (3 - -1) / 2 = 2
     torch.testing.assert_close(prefmodel.pairwise_preference(CYCLE),
                                torch.tensor([[0.5, p, 1 - p], [1 - p, 0.5, p], [p, 1 - p, 0.5]]))
-    assert torch.equal(prefmodel.aggregate_preference(CYCLE), torch.full((3, 3), 0.5))
+    assert torch.equal(pairrm.aggregate_preference(CYCLE), torch.full((3, 3), 0.5))
 
 
 def test_where_M_is_additive_the_aggregate_logit_is_twice_the_pairwise_one():
     a = torch.tensor([0.3, -0.5, 1.1, 0.0])
     M = a[:, None] - a[None, :]
     torch.testing.assert_close(prefmodel.pairwise_preference(M).logit(), M)
-    torch.testing.assert_close(prefmodel.aggregate_preference(M).logit(), 2 * M)
+    torch.testing.assert_close(pairrm.aggregate_preference(M).logit(), 2 * M)
 
 
 def test_aggregate_by_hand():
     M = torch.tensor([[0.0, 4.0], [1.0, 0.0]])  # s_0 = (0 + 3) / 2, s_1 = (-3 + 0) / 2
-    assert prefmodel.aggregate_preference(M)[0, 1].logit().item() == pytest.approx(3.0, abs=1e-5)
+    assert pairrm.aggregate_preference(M)[0, 1].logit().item() == pytest.approx(3.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("estimator", [prefmodel.pairwise_preference, prefmodel.aggregate_preference,
+@pytest.mark.parametrize("estimator", [prefmodel.pairwise_preference, pairrm.aggregate_preference,
                                        lambda M: prefmodel.bradley_terry(M[..., 0], scale=6.0)])
 def test_every_estimator_is_a_constant_sum_game(estimator):
     M = 8 * torch.randn(50, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -261,7 +262,7 @@ def test_rm_scores_are_the_official_ones_under_the_aggregate_estimator(hf):
     scores = (M - M.mT).mean(-1)
     assert 1 < scores.abs().max() < 6       # spreads up to 12: further apart than 13.8 the preference rounds to 1
     for m, want in zip(M, scores):
-        got = verdict_columns(conversations("a", "b", "c"), prefmodel.aggregate_preference(m))["rm_scores"]
+        got = verdict_columns(conversations("a", "b", "c"), pairrm.aggregate_preference(m))["rm_scores"]
         assert got == pytest.approx(want.tolist(), abs=2e-2)
         assert sorted(range(3), key=got.__getitem__) == want.argsort(stable=True).tolist()
 
@@ -341,7 +342,7 @@ def test_estimator_is_the_one_asked_for(hf):
     directory, judge, _ = hf
     M = judge.logits(PROMPTS, RESPONSES)
     aggregate = prefmodel.load(f"pairrm:{directory}", estimator="aggregate").preference(PROMPTS, RESPONSES)
-    torch.testing.assert_close(aggregate, prefmodel.aggregate_preference(M))
+    torch.testing.assert_close(aggregate, pairrm.aggregate_preference(M))
     assert (aggregate - judge.preference(PROMPTS, RESPONSES)).abs().max() > 0.01
 
 
@@ -688,19 +689,20 @@ def test_reward_ids_are_the_templates_own(skywork):
 
 @torch.no_grad()
 def test_the_score_is_read_at_the_last_token_even_if_that_is_the_pad_token(tmp_path, llama3):
-    """An answer that holds the pad token's text; and, with a template that closes no turn, one that ends in it."""
-    net = decoder_checkpoint(tmp_path / "r", llama3, pad_token_id=1)
-    answers = ["7<|end_of_text|>", "<|end_of_text|> or not", "7"]
-    for open_end in (False, True):
-        if open_end:
-            (tmp_path / "r/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-        judge = prefmodel.RewardModel(str(tmp_path / "r"))
+    """Every turn ends in it; or, with a template that closes no turn, an answer does."""
+    seven, = transformers.AutoTokenizer.from_pretrained(llama3).encode("7", add_special_tokens=False)
+    for name, pad in (("turn", 4), ("answer", seven)):
+        net = decoder_checkpoint(tmp_path / name, llama3, pad_token_id=pad)
+        if name == "answer":
+            (tmp_path / "answer/chat_template.jinja").write_text(
+                "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        judge, answers = prefmodel.RewardModel(str(tmp_path / name)), ["17", "7 or not", "27"]
         rows = [judge.row_ids("q", a) for a in answers]
-        assert 1 in rows[0] and (rows[0][-1] == 1) == open_end and judge.closing == (not open_end)
+        assert rows[0][-1] == pad and judge.closing == (name == "turn")
         want = [net.score(net.model(torch.tensor([row])).last_hidden_state[0, -1]).item() for row in rows]
         torch.testing.assert_close(judge.reward(["q"], [answers]), torch.tensor([want]), rtol=1e-4, atol=1e-4)
         assert abs(want[0] - want[2]) > 0.01
-    assert judge.tokenizer.decode(rows[2]) == "q7"
+    assert judge.tokenizer.decode(rows[2]) == "q27"
 
 
 def test_bfloat16_reward_models_have_a_float32_head(tmp_path, skywork):
