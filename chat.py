@@ -1,14 +1,18 @@
 """Prompts and text: prompt files and hub data sets, prompt templates, a checkpoint's tokenizer and chat template.
 
-Three kinds of text meet in a run. A *prompt* is what a person wrote and a file holds; `read_prompts` takes the layouts
-that people have. A *table* holds prompts with their answers and a judge's verdicts, and is what the phases of SPPO hand
-on to each other. A *turn* is a prompt or an answer inside a conversation; `Chat` turns it into token ids through the
-checkpoint's own chat template, and back. Prompt texts with placeholders, such as the Challenger's or a judge's, are
-checked by `read_template` and filled in by `fill`.
+Three kinds of text meet in a run. A *prompt* is what is to be answered: a person's words, or a conversation that ends
+with them (`Prompt`); `read_prompts` takes the layouts that people have. A *table* holds prompts with their answers and
+a judge's verdicts, and is what the phases of SPPO hand on to each other. A *turn* is one message of a conversation;
+`Chat` turns conversations into token ids through the checkpoint's own chat template, and back. Prompt texts with
+placeholders, such as the Challenger's or a judge's, are checked by `read_template` and filled in by `fill`.
+
+Every text here is data, whoever wrote it: `breaker` spoils the marks by which a tokenizer tells turns apart, so that no
+text can pose as a turn, a header or an end to whoever reads it.
 """
 
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -25,41 +29,123 @@ TEMPLATE_DATE = {"date_string": "26 Jul 2024"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompt files
+# prompts
+
+
+class Prompt(str):
+    """What is to be answered: a conversation, with the columns that stood beside it.
+
+    turns       the user's text, or a list of {"role": "system", "user" or "assistant", "content": text}; a system turn
+                comes first if at all, and the user speaks last
+    row         dict, the prompt's other columns, such as `answer` or `id`: for whoever checks answers
+
+    As a string it is what a reader of one text sees: the user's words where they are all there is, else every turn
+    behind its role. Raises ValueError, saying what is wrong, for turns that are no such conversation.
+
+    >>> talk = Prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}], {"id": 7})
+    >>> str(talk), talk.turns[-1]["content"], talk.row, Prompt("Why?") == "Why?"
+    ('System: Be brief.\\n\\nUser: Why?', 'Why?', {'id': 7}, True)
+    """
+
+    def __new__(cls, turns, row=None):
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [_turn(turn) for turn in turns]
+        roles = [turn["role"] for turn in turns]
+        if roles[-1:] != ["user"] or "system" in roles[1:] or not turns[-1]["content"].strip():
+            raise ValueError("a conversation needs a user's turn at its end, and a system turn at its beginning alone")
+        text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        self = super().__new__(cls, turns[0]["content"] if len(turns) == 1 else text)
+        self.turns, self.row = turns, row or {}
+        return self
+
+
+ROLES = {"human": "user", "gpt": "assistant"}               # ShareGPT's names for ours
+PLAIN = (str, int, float, list, dict, type(None))           # what JSON can hold: no images, no dates
+
+
+def _turn(turn):
+    """One message as {"role", "content"}: of that layout, ShareGPT's {"from", "value"}, or OpenAI's list of parts."""
+    if not isinstance(turn, dict):
+        raise ValueError("a turn is no object with role and content")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = ROLES.get(role, role)
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text")) for part in content)
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise ValueError(f"a turn has role {role!r}; only texts by system, user and assistant can be played")
+    return {"role": role, "content": content}
+
+
+def turns_of(prompt):
+    """A prompt's turns, a list of {"role", "content"}; a plain string is one user turn."""
+    return prompt.turns if isinstance(prompt, Prompt) else [{"role": "user", "content": prompt}]
+
+
+def stored(prompt):
+    """What a file's column `prompt` holds: the text, or for a conversation the list of its turns."""
+    turns = turns_of(prompt)
+    return str(prompt) if len(turns) == 1 else turns
+
+
+def as_row(prompt):
+    """A prompt as a row of a prompts file, which `read_prompts` reads back."""
+    return {"prompt": stored(prompt), **getattr(prompt, "row", {})}
+
+
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+)(?=:))?(?::(.+))?")     # owner/name, /config, :split
 
 
 def read_prompts(path, flag="--prompts"):
-    """Prompts of a local file or a hub data set, in order, duplicates dropped: a list of strings.
+    """Prompts of a local file or a hub data set, in order, duplicates dropped: a list of `Prompt`.
 
-    .jsonl or .json rows with `prompt` (GSM8K's `question`, MATH's `problem`), or `instruction` (+ `input`), or
-    `messages` (the last user turn); or plain .txt, one prompt a line; or the hub's owner/name, the same columns in its
-    split `train`. Raises UserError, naming the file and the line, for anything else.
+    .jsonl, .json or .parquet rows with `prompt` (a text or a list of messages), GSM8K's `question`, MATH's `problem`,
+    `instruction` (+ `input`), `messages`, or ShareGPT's `conversations`, all with what the user says last as the end;
+    or plain .txt, one prompt a line; or the hub's owner/name, owner/name:split or owner/name/config:split, where the
+    split is `train` unless it is given. Raises UserError, naming the file and the line, for anything else.
     """
     name = path.removesuffix(".gz")
-    if not os.path.exists(path) and path.count("/") == 1 and not name.endswith((".jsonl", ".json", ".txt")):
-        rows = enumerate(hub_rows(path, flag), 1)
-        return list(dict.fromkeys(prompt_of(row, flag, path, f"row {i}") for i, row in rows))
     if name.endswith((".json", ".jsonl")):
-        prompts = [prompt_of(row, flag, path, where) for where, row in read_rows(flag, path)]
+        rows = read_rows(flag, path)
+    elif name.endswith(".parquet"):
+        rows = [(f"row {i}", row) for i, row in enumerate(parquet_rows(path, flag), 1)]
+    elif not os.path.exists(path) and not name.endswith(".txt") and HUB.fullmatch(path):
+        rows = [(f"row {i}", row) for i, row in enumerate(hub_rows(path, flag), 1)]
     else:
-        prompts = [line for line in read_text(flag, path).split("\n") if line.strip()]
-    if not prompts:
+        lines = enumerate(read_text(flag, path).split("\n"), 1)
+        rows = [(f"line {i}", {"prompt": line}) for i, line in lines if line.strip()]
+    if not rows:
         raise run.UserError(f"{flag} {path} holds no prompts; give a file with at least one")
-    return list(dict.fromkeys(prompts))
+    return list(dict.fromkeys(prompt_of(row, flag, path, where) for where, row in rows))
 
 
-def hub_rows(name, flag):
-    """The rows of a hub data set's split `train`. Raises UserError where it cannot be had."""
+def hub_rows(spec, flag):
+    """The rows of a hub data set: owner/name, owner/name:split or owner/name/config:split. Raises UserError, with the
+    hub's own first line, where it cannot be had."""
     try:
         import datasets
     except ImportError:
-        raise run.UserError(f"{flag} {name} is no file here, and a hub data set needs `pip install datasets`; "
+        raise run.UserError(f"{flag} {spec} is no file here, and a hub data set needs `pip install datasets`; "
                             "install it, or give a .jsonl, .json or .txt file") from None
+    name, config, split = HUB.fullmatch(spec).groups()
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(*([name, config] if config else [name]), split=split or "train")
     except Exception as error:  # the hub's client has a dozen kinds; each means that the data is not to be had
-        raise run.UserError(f"{flag} {name} is no file here, and the hub did not give it ({type(error).__name__}); "
-                            "check the name and the connection") from None
+        why = (str(error).strip().splitlines() or ["no reason given"])[0][:200].rstrip(".")
+        raise run.UserError(f"{flag} {spec} is no file here, and the hub did not give it ({type(error).__name__}: "
+                            f"{why}); check the name, the split and the connection") from None
+
+
+def parquet_rows(path, flag):
+    """The rows of a parquet file, read by pyarrow, which `datasets` brings too. Raises UserError where it cannot."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise run.UserError(f"{flag} {path} is a parquet file, which needs `pip install pyarrow`; install it, or give "
+                            "a .jsonl, .json or .txt file") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:      # pyarrow's own errors are ValueErrors
+        why = str(error).strip().splitlines()[0][:120]
+        raise run.UserError(f"{flag} {path} cannot be read ({why}); make or download it again") from None
 
 
 def read_text(flag, path):
@@ -98,22 +184,35 @@ def read_rows(flag, path, fields={}):
 
 
 def prompt_of(row, flag, path, where):
-    """The prompt of one row, whatever the layout."""
-    if isinstance(row, dict):
-        known = next((row[k] for k in ("prompt", "question", "problem") if isinstance(row.get(k), str)), None)
-        if known is not None:
-            prompt = known
-        elif isinstance(row.get("instruction"), str):
-            extra = row.get("input") or ""
-            prompt = row["instruction"] + ("\n\n" + extra if extra else "") if isinstance(extra, str) else None
-        else:
-            turns = row.get("messages") if isinstance(row.get("messages"), list) else []
-            prompt = next((m.get("content") for m in reversed(turns)
-                           if isinstance(m, dict) and m.get("role") == "user"), None)
-        if isinstance(prompt, str) and prompt.strip():
-            return prompt
-    raise run.UserError(f"{flag} {path}, {where}: no prompt found; "
-                        "every row needs a column `prompt`, `instruction`, `messages`, `question` or `problem`")
+    """The Prompt of one row, whatever the layout; the columns that it was not made of go with it."""
+    try:
+        used, turns = _conversation(row) if isinstance(row, dict) else ((), None)
+        if isinstance(turns, list):             # what was answered already is no part of the question
+            roles = [_turn(turn)["role"] for turn in turns]
+            turns = turns[:len(roles) - roles[::-1].index("user")] if "user" in roles else turns
+        if turns:
+            beside = {name: value for name, value in row.items() if name not in used and isinstance(value, PLAIN)}
+            return Prompt(turns, beside)
+    except ValueError as error:
+        raise run.UserError(f"{flag} {path}, {where}: {error}; mend or remove it") from None
+    raise run.UserError(f"{flag} {path}, {where}: no prompt found; every row needs a column `prompt`, `instruction`, "
+                        "`messages`, `conversations`, `question` or `problem`")
+
+
+def _conversation(row):
+    """(names of the columns that make a row's prompt, its text or list of messages); None for the last if there is
+    none."""
+    for name in ("prompt", "question", "problem"):
+        if isinstance(row.get(name), (str, list)) and row[name]:
+            return (name,), row[name]
+    if isinstance(row.get("instruction"), str):
+        extra = row.get("input") or ""
+        text = row["instruction"] + ("\n\n" + extra if extra else "") if isinstance(extra, str) else None
+        return ("instruction", "input"), text
+    for name in ("messages", "conversations"):
+        if isinstance(row.get(name), list):
+            return (name,), row[name]
+    return (), None
 
 
 def read_sources(names, count):
@@ -129,36 +228,49 @@ def read_sources(names, count):
     return sources
 
 
-def divide(sources, count, size, validation, test, seed):
+def divide(sources, count, size, validation, test, seed, held=None):
     """(validation prompts, test prompts, [part 1, ..., part `count`]): disjoint lists, the parts of `size` prompts each
-    (0: all there are), from one source or from one for each. Raises ValueError, saying what is lacking.
+    (0: all there are), from one source or from one for each. held: the first two lists, where a run has them already.
+    Raises ValueError, saying what is lacking.
 
     The held-out prompts do not depend on the seed, so that runs with different seeds are compared on the same ones.
+    With a given size, or a source for each part, further parts leave the earlier ones as they are.
     """
     prompts = run.shuffled(sum(sources, []), "held-out prompts")
-    held = validation + test
+    held = held or (prompts[:validation], prompts[validation:validation + test])
+    away = set(sum(held, []))
     if len(sources) == 1:
-        size = size or (len(prompts) - held) // count
-        train = run.shuffled(prompts[held:], seed, "training prompts")
+        rest = [prompt for prompt in prompts if prompt not in away]
+        size = size or len(rest) // count
+        train = run.shuffled(rest, seed, "training prompts")
         parts = [train[t * size:(t + 1) * size] for t in range(count)]
     else:
-        away = set(prompts[:held])
         parts = [run.shuffled([p for p in source if p not in away], seed, "training prompts", t)[:size or None]
                  for t, source in enumerate(sources)]
     short = min(parts, key=len)
-    if len(prompts) < held or len(short) < max(size, 1):
+    if len(prompts) < validation + test or len(short) < max(size, 1):
         where = "" if len(sources) == 1 else f" (iteration {parts.index(short) + 1}'s own source leaves {len(short)})"
         raise ValueError(f"has {len(prompts)} distinct prompts{where}; {count} iterations of --prompts-per-iteration "
                          f"{size}, --validation-prompts {validation} and --test-prompts {test} need "
-                         f"{held + count * max(size, 1)}: lower one")
-    return prompts[:validation], prompts[validation:held], parts
+                         f"{validation + test + count * max(size, 1)}: lower one")
+    return *held, parts
+
+
+def in_steps(prompts, steps, size, seed, keep_order=False):
+    """`steps` lists of `size` prompts, taken from as many passes over the prompts as it needs, each in an order of its
+    own; keep_order: where one pass is enough, the order as it is. More steps leave the earlier ones as they are."""
+    order, passes = [], math.ceil(steps * size / len(prompts))
+    for k in range(passes):
+        order += prompts if keep_order and passes == 1 else run.shuffled(prompts, seed, "training prompts", k)
+    return [order[step * size:(step + 1) * size] for step in range(steps)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the table: prompts, answers, verdicts, one row a prompt, as .jsonl in the columns of the official SPPO code's tables
 #
-#   before judging   prompt; generate_0 ... generate_{K-1}: conversations [{role: user}, {role: assistant}];
-#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length")
+#   before judging   prompt, a text or a list of turns; generate_0 ... generate_{K-1}: its turns and the assistant's;
+#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length"),
+#                    and row, the prompt's other columns, where it has any
 #   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
 #                    the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
 #
@@ -171,6 +283,18 @@ def answer_texts(row):
     """The K answers of a table's row, as text."""
     count = sum(name.startswith("generate_") for name in row)
     return [row[f"generate_{k}"][-1]["content"] for k in range(count)]
+
+
+def table_row(prompt, texts):
+    """A table's row before judging: a prompt and its answers as text. Plain lists and strings, as the file has them."""
+    turns, beside = turns_of(prompt), getattr(prompt, "row", {})
+    answers = {f"generate_{k}": [*turns, {"role": "assistant", "content": text}] for k, text in enumerate(texts)}
+    return {"prompt": stored(prompt), **({"row": beside} if beside else {}), **answers}
+
+
+def asked(row):
+    """The Prompt of a table's row."""
+    return Prompt(row["prompt"], row.get("row"))
 
 
 def verdict_columns(row, P):
@@ -187,13 +311,23 @@ def verdict_columns(row, P):
             "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
 
 
+def ranked(row, all_responses):
+    """Which of a judged row's answers enter the loss, best first and worst last, and their Phats: (numbers, floats).
+    The numbers are None for the official training table, which knows its winner and loser alone."""
+    if "probability" not in row:
+        return None, [row["chosen_probs_win"], row["chosen_probs_lose"]]
+    wins = kernels.phat(torch.tensor(row["probability"]))                                         # [K]
+    order = wins.argsort(descending=True, stable=True).tolist() if all_responses else kernels.best_and_worst(wins)
+    return list(order), wins[list(order)].tolist()
+
+
 def readable_row(row):
     """A judged row for a person to read: prompt, answers, and their Phats."""
     talks, wins = [row["chosen"], row["rejected"]], [row["chosen_probs_win"], row["chosen_probs_lose"]]
     texts = answer_texts(row) or [talk[-1]["content"] for talk in talks]
     if "probability" in row:
         wins = kernels.phat(torch.tensor(row["probability"])).tolist()
-    return {"prompt": row["prompt"], "responses": texts, "phat": [round(p, 4) for p in wins]}
+    return {"prompt": asked(row), "responses": texts, "phat": [round(p, 4) for p in wins]}
 
 
 def read_table(path, judged=False, all_responses=False):
@@ -222,18 +356,23 @@ def read_table(path, judged=False, all_responses=False):
 
 
 def _table_row(row, judged, all_responses):
-    """The row, checked: conversations as lists of two messages, `prompt` and the verdicts filled in where they follow
-    from the rest."""
+    """The row, checked: conversations as lists of turns, `prompt` and the verdicts filled in where they follow from the
+    rest."""
     K = sum(name.startswith("generate_") for name in row)
-    if "prompt" not in row:
-        row["prompt"] = row["generate_0" if K else "chosen"][0]["content"]
-    for name in [f"generate_{k}" for k in range(K)] + [n for n in ("chosen", "rejected") if n in row]:
+    names = [f"generate_{k}" for k in range(K)] + [name for name in ("chosen", "rejected") if name in row]
+    talks = [row[name] for name in names if not isinstance(row[name], str)] or [[]]
+    before = talks[0][:-1]                                  # the turns that an answer follows
+    if "prompt" not in row or before and isinstance(row["prompt"], str) and before[-1]["content"] == row["prompt"]:
+        row["prompt"] = before                              # some tables give the last of them alone as `prompt`
+    row["prompt"] = stored(asked(row))
+    turns = turns_of(asked(row))
+    for name in names:
         if isinstance(row[name], str):
-            row[name] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
-        user, assistant = row[name]                         # one turn each: what else would the answer be an answer to?
-        if ((user["role"], assistant["role"]) != ("user", "assistant") or user["content"] != row["prompt"]
-                or not isinstance(row["prompt"], str) or not isinstance(assistant["content"], str)):
+            row[name] = [*turns, {"role": "assistant", "content": row[name]}]
+        *said, answer = [_turn(turn) for turn in row[name]]
+        if said != turns or answer["role"] != "assistant":
             raise TypeError
+        row[name] = [*said, answer]
     if not judged:
         row["generate_0"]
     elif all_responses:
@@ -258,8 +397,8 @@ def _reason(error, judged):
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON ({error.msg}); mend or remove the line"
     return f"{error}; make the table again" if type(error) is ValueError else (
-        "prompt must be a text, and generate_k, chosen and rejected one user turn with that prompt and one assistant "
-        "turn, as a list of {role, content} (or the answer's text alone); make the table again")
+        "prompt must be a text or a list of turns, and generate_k, chosen and rejected those turns and one by the "
+        "assistant, as lists of {role, content} (or the answer's text alone); make the table again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,9 +439,23 @@ def read_template(flag, path, default, known, needed=None):
     return text
 
 
+def extract_query(text):
+    """The query in what the Challenger wrote: what stands between the template's tags if it echoed them, trimmed.
+
+    >>> extract_query("[Start Generation]\\nWhat is 2 + 2? [End Generation] Done."), extract_query(" Why?[End Gener")
+    ('What is 2 + 2?', 'Why?')
+    """
+    start = list(re.finditer(r"\[\s*start generation\s*\]", text, re.IGNORECASE))
+    text = text[start[-1].end():] if start else text
+    end = re.search(r"\[\s*end generation\s*\]|\[\s*end\s[a-z]{0,10}$", text, re.IGNORECASE)     # perhaps cut
+    return (text[:end.start()] if end else text).strip()
+
+
 def shortened(text, fits):
     """`text`, cut on the right, a tenth at a time, until fits(text): for texts that are too long for the Solver or a
-    judge."""
+    judge. Of a conversation that does not fit only the last turn is left, to be cut."""
+    if not fits(text):
+        text = turns_of(text)[-1]["content"]
     while text and not fits(text):
         text = text[:len(text) - max(1, len(text) // 10)]
     return text
@@ -311,19 +464,121 @@ def shortened(text, fits):
 # ---------------------------------------------------------------------------------------------------------------------
 # conversations and token ids
 
+MARK = re.compile(r"<\|?/?[\w ]+\|?>|<<?/?\w+>>?|\[/?\w+\]")     # <|im_end|>, </s>, <<SYS>>, [/INST]
+THINKING = ("<think>", "</think>")
+
+
+def without_thinking(text):
+    """What a model says after it has thought: what follows the last </think>; nothing where a <think> is never closed.
+
+    >>> [without_thinking(text) for text in ("<think>Two and two ...</think>\\n\\n4", "<think>Let me", "4")]
+    ['4', '', '4']
+    """
+    said = text.rpartition(THINKING[1])[2].strip()
+    return "" if said.startswith(THINKING[0]) else said
+
+
+def breaker(tokenizer):
+    """A function text -> text that spoils every mark by which this tokenizer knows a turn, with a space before its last
+    character: the special tokens, and what its chat template writes between two turns. What a text spells out then
+    stays text when it is encoded.
+
+    For a tokenizer that knows [SEP], "a [SEP] b" becomes "a [SEP ] b".
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()
+             if token.special or token.content.startswith("<|")}
+    marks = sorted((added | _template_marks(tokenizer)) - {"", *THINKING}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+
+    def spoilt(mark):
+        return mark[0][:-1] + " " + mark[0][-1] if len(mark[0]) > 1 else " "
+    return lambda text: pattern.sub(spoilt, text)
+
+
+def _template_marks(tokenizer):
+    """The marks in a tokenizer's chat template that are no special tokens: [INST] in Mistral's, "USER:" in Vicuna's."""
+    roles = ("user", "assistant", "user", "assistant")
+    talk = [{"role": role, "content": f"content{i}"} for i, role in enumerate(roles)]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
+    except Exception:   # no template, or one that has something against this talk: the special tokens have to do
+        return set()
+    lines = [line.strip() for piece in re.split(r"content\d", text) for line in piece.split("\n")]
+    return set(MARK.findall("\n".join(lines))) | {line for line in lines if line.endswith(":")}
+
+
+def template_options(text):
+    """--template-option's "name=value,name=value" as a dict; a value that is JSON (false, 3) is read as such. Raises
+    UserError for anything else.
+
+    >>> template_options("enable_thinking=false,effort=low")
+    {'enable_thinking': False, 'effort': 'low'}
+    """
+    options = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise run.UserError(f"--template-option {text} is no list of name=value; write it as enable_thinking=false")
+        try:
+            options[name.strip()] = json.loads(value)
+        except ValueError:
+            options[name.strip()] = value
+    return options
+
+
+class Template:
+    """A tokenizer's own chat template: turns to ids, where no turn's text can pose as another turn.
+
+    options: --template-option, whatever names the template knows. Thinking is off unless it is asked for, where the
+    template knows `enable_thinking`. A system turn goes into the first user's where there is no place for one.
+    Raises UserError, naming `path`, for a template that cannot write a conversation.
+    """
+
+    def __init__(self, tokenizer, path, options=""):
+        self.tokenizer, self.path, self.plain = tokenizer, path, breaker(tokenizer)
+        off = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+        self.options = TEMPLATE_DATE | off | template_options(options)
+        talk = [{"role": "system", "content": "content0"}, {"role": "user", "content": "content1"}]
+        try:
+            self.has_system = "content0" in self._render(talk, tokenize=False)
+        except Exception:       # Gemma's raises, and Mistral's wants turns to alternate
+            self.has_system = False
+        self.opens_thinking = self._written(talk[1:], tokenize=False).rstrip().endswith(THINKING[0])
+
+    def ids(self, turns, header=True):
+        """Turns, a list of {"role", "content"}, as a list of ids. header: the assistant's comes last, to be answered
+        under. The template writes the BOS, so none is added."""
+        turns = [{"role": turn["role"], "content": self.plain(turn["content"])} for turn in turns]
+        if turns[0]["role"] == "system" and not self.has_system:
+            first, second, *rest = turns
+            turns = [{"role": "user", "content": f"{first['content']}\n\n{second['content']}"}, *rest]
+        return self._written(turns, header, tokenizer_kwargs={"verbose": False})
+
+    def _written(self, turns, header=True, **how):
+        try:
+            return self._render(turns, header, **how)
+        except Exception as error:      # whatever a template raises, or makes the template language raise
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            raise run.UserError(f"{self.path}: its chat template cannot write {', '.join(t['role'] for t in turns)} "
+                                f"({why}); mend its chat_template.jinja, or such prompts") from None
+
+    def _render(self, turns, header=True, **how):
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=header, return_dict=False, **how,
+                                                  **self.options)
+
 
 class Chat:
-    """Text to ids and back through the checkpoint's own tokenizer and chat template.
+    """Text to ids and back through the checkpoint's own tokenizer and chat template. options: see Template.
 
     Sampled ids are never decoded and encoded again: what was sampled is what is scored. Only judges see text.
     """
 
-    def __init__(self, path, net):
+    def __init__(self, path, net, options=""):
         import transformers
 
-        directory = model.fetch(path)
+        self.directory = model.fetch(path)
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.directory)
         except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
             raise run.UserError(f"{path} has no tokenizer that opens ({str(error).splitlines()[0][:120]}); "
                                 "put its tokenizer files beside the weights") from None
@@ -338,30 +593,21 @@ class Chat:
         stop = set(stop) if isinstance(stop, list) else {stop}
         self.stop_ids = tuple(sorted((stop | {self.tokenizer.eos_token_id}) - {None}))
         self.context = net.config.max_positions
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-
-    def plain(self, text):
-        """`text` with a space for every special token that is spelt out in it, so that what a model wrote cannot pose
-        as another turn when it is encoded again."""
-        return self.special.sub(" ", text)
+        self.template = Template(self.tokenizer, path, options)
+        self.plain = self.template.plain                    # text -> text that poses as no turn
 
     def encode(self, prompt):
-        """One user turn, the assistant's header included: list of ids.
-        The template writes the BOS, so none is added."""
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
-                                                  add_generation_prompt=True, return_dict=False,
-                                                  **TEMPLATE_DATE)
+        """A prompt, text or `Prompt`, the assistant's header included: list of ids."""
+        return self.template.ids(turns_of(prompt))
 
     def encode_answer(self, prompt, answer):
         """Ids of an answer that is known as text only, its end of turn included once: the conversation goes through the
         template whole, and what follows the prompt's ids is the answer (should a tokenizer merge across that border,
         the answer is encoded by itself)."""
         head = self.encode(prompt)
-        talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        ids = self.tokenizer.apply_chat_template(talk, return_dict=False, **TEMPLATE_DATE)
+        ids = self.template.ids([*turns_of(prompt), {"role": "assistant", "content": answer}], header=False)
         ids = (ids[len(head):] if ids[:len(head)] == head
-               else self.tokenizer.encode(answer, add_special_tokens=False))
+               else self.tokenizer.encode(self.plain(answer), add_special_tokens=False))
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return ids + [self.tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
@@ -378,8 +624,9 @@ class Chat:
         for p, tokens in zip(prompts, ids):
             if len(tokens) > room:
                 raise run.UserError(f"the prompt {p[:40]!r} has {len(tokens)} tokens and only {room} are allowed "
-                                    f"(context {self.context}, --max-new-tokens {max_new_tokens}); "
-                                    "shorten or remove it, or change --max-prompt-tokens or --max-new-tokens")
+                                    f"(context {self.context}, --max-new-tokens {max_new_tokens}); shorten or remove "
+                                    f"it, or change {'--max-prompt-tokens or ' * bool(max_prompt_tokens)}"
+                                    "--max-new-tokens")
         return ids
 
     def that_fit(self, prompts, room, quiet=False):
@@ -391,11 +638,88 @@ class Chat:
         return kept
 
     def decode(self, tokens):
-        """An answer's text, without its end-of-turn token."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        """An answer's text, without its end-of-turn token; with its thinking, whose beginning a template may have
+        written already."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return THINKING[0] + text if self.template.opens_thinking else text
 
 
-def load_checkpoint(path, device, dtype):
-    """(network, Chat) of a checkpoint directory or hub id."""
+def load_checkpoint(path, device, dtype, options=""):
+    """(network, Chat) of a checkpoint directory or hub id. options: --template-option."""
     net = model.Transformer.from_pretrained(path, device, dtype)
-    return net, Chat(path, net)
+    return net, Chat(path, net, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from a table to what is trained on: ids
+
+
+def answer_limit(ids, max_new_tokens, max_total_tokens=0):
+    """How many tokens the answer to a prompt's ids may have; max_total_tokens bounds the two together, 0 = no bound."""
+    return max(1, min(max_new_tokens, max_total_tokens - len(ids) if max_total_tokens else max_new_tokens))
+
+
+def may_exceed(args):
+    """May a prompt be longer than --max-prompt-tokens? Where prompt and answers have a bound together, it is left out
+    only if an answer that enters the loss exceeds that."""
+    return args.drop_long_prompts and args.max_total_tokens > 0
+
+
+def encode_prompts(prompts, chat, args):
+    """Ids of prompts to be answered by sppo.py; raises UserError for one that is too long (see Chat.encode_all)."""
+    return chat.encode_all(prompts, 0 if may_exceed(args) else args.max_prompt_tokens, args.max_new_tokens,
+                           args.max_total_tokens)
+
+
+def without_long_prompts(prompts, chat, args, rank):
+    """The prompts that there is room for; prints how many were left out."""
+    room = chat.room(0 if may_exceed(args) else args.max_prompt_tokens, 1 if args.table else args.max_new_tokens,
+                     args.max_total_tokens)
+    return chat.that_fit(prompts, room, quiet=rank != 0)
+
+
+def training_examples(rows, chat, args, rank=0):
+    """What the loss needs of a judged table: a list of {prompt: ids, responses: n lists of ids, p: their n Phats}, best
+    first, worst last; n = K with --all-responses, else 2. Also statistics of them, a dict for metrics.jsonl. args: the
+    settings of sppo.py.
+
+    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
+    """
+    if args.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
+        fit = set(without_long_prompts([asked(row) for row in rows], chat, args, rank))
+        rows = [row for row in rows if asked(row) in fit]
+    examples, cut, dropped = [], [], 0
+    for row in rows:
+        order, p = ranked(row, args.all_responses)
+        if order is not None and "tokens" in row:           # sampled here: the very ids
+            example = {"prompt": row["prompt_ids"], "responses": [row["tokens"][k] for k in order]}
+            too_long = [row["finish"][k] == "length" for k in order]
+            ends = [end == "length" for end in row["finish"]]
+        else:                                               # text from elsewhere
+            talks = [row["chosen"], row["rejected"]] if order is None else [row[f"generate_{k}"] for k in order]
+            example, too_long = encode_talks(asked(row), talks, chat, args)
+            ends = too_long
+        if any(too_long) and may_exceed(args) and len(example["prompt"]) > args.max_prompt_tokens:
+            dropped += 1
+            continue
+        cut += ends
+        examples.append(example | {"p": p})
+    if dropped and rank == 0:
+        print(f"left out {dropped} of {len(rows)} prompts: longer than {args.max_prompt_tokens} tokens, and with an "
+              f"answer that --max-total-tokens {args.max_total_tokens} cuts", flush=True)
+    if not examples:
+        raise run.UserError("no row of the table is left to train on; raise --max-prompt-tokens")
+    statistics = {"phat_best": sum(e["p"][0] for e in examples) / len(examples),
+                  "phat_worst": sum(e["p"][-1] for e in examples) / len(examples),
+                  "tied_share": sum(e["p"][0] == e["p"][-1] for e in examples) / len(examples),
+                  "cut_share": sum(cut) / len(cut)}
+    return examples, statistics
+
+
+def encode_talks(prompt, talks, chat, args):
+    """Answers that are known as text only, through the chat template: ({prompt, responses} as ids, which were cut).
+    An answer that is too long ends where a sampled one would have been cut, without an end token."""
+    ids, = chat.encode_all([prompt], 0 if may_exceed(args) else args.max_prompt_tokens, 1, args.max_total_tokens)
+    limit = min(answer_limit(ids, args.max_new_tokens, args.max_total_tokens), chat.context - len(ids))
+    responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
+    return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]

@@ -30,8 +30,12 @@ Deviations from the paper, each with its reason:
   - a verdict that cannot be read counts as the mean of its query's others, so that it moves neither player (the paper
     does not say what it did), and is logged
   - --mode grpo is (4) on data, as the paper writes it. Its figures for GRPO come from a library (TRL) that divides by
-    the group's standard deviation and by lengths: --std-normalise and --normalise sequence | token | constant
-  - not in the paper: gradients clipped at norm 1, AdamW betas (.9, .98)
+    the group's standard deviation and by lengths, and takes the KL token by token: --preset trl-grpo, or
+    --std-normalise, --normalise sequence | token | constant, --kl k2-token | k3-token
+  - not in the paper: gradients clipped at norm 1, AdamW betas (.9, .98), a learning rate that stays the same (TRL's
+    falls linearly to 0; the paper does not say), so that a run may go on with more --steps
+  - equal pairs of query and answer share one verdict of R and of R_Q, where the paper asks for each anew
+  - the Challenger's log-probability covers all that it wrote, also what stands around the query and is not played
   - --self-reward expected, the embedded world's default, reads the mean of the score's distribution instead of sampling
     a verdict: less noise. Real models sample
   - off by default: --challenger-reward spread and frontier pay for queries on which the Solver's answers differ (their
@@ -41,17 +45,13 @@ Deviations from the paper, each with its reason:
   - embedded worlds are not wholly data-free: their base's judge mode was trained on the oracle's labels
 
     python lsp.py                                          # the embedded world, minutes on a CPU
-    python lsp.py --mode lsp-zero --out out/lsp-zero
-    python lsp.py --challenger-reward frontier --out out/frontier
     python lsp.py --mode grpo --out out/grpo               # then LSP from there: --init out/grpo
     python lsp.py --preset paper                           # Llama-3.2-3B-Instruct, Skywork-Reward-V2; no prompts
     python lsp.py --preset paper --mode grpo --prompts alpaca.jsonl --out out/real-grpo
-    torchrun --nproc_per_node=8 lsp.py ...                 # the same, queries shared out
+    torchrun --nproc_per_node=8 lsp.py ...
 """
 
 import dataclasses
-import itertools
-import json
 import math
 import os
 import re
@@ -66,7 +66,7 @@ import rollout
 import run
 import winrate
 import world
-from chat import Chat, fill, read_prompts, read_template, shortened
+from chat import Chat, as_row, extract_query, fill, in_steps, read_prompts, read_template, shortened, without_thinking
 from run import flag
 
 # What a setting is when its flag is not given and real models play: Table 1's, and where the paper is silent what the
@@ -82,6 +82,9 @@ PRESETS = {"paper": dict(
     model="meta-llama/Llama-3.2-3B-Instruct", reward="reward:Skywork/Skywork-Reward-V2-Llama-3.2-3B", queries=8,
     answers=8, beta=0.05, alpha_ch=1.0, reward_scale=1.0, micro_batch=4, warmup=0, self_reward="sample",
     challenger_reward="value", kl="reward", normalise="none", std_normalise=False, activation_checkpointing=True)}
+# The paper's baseline as the library that it names (TRL, 1.16) computes it by default
+PRESETS["trl-grpo"] = PRESETS["paper"] | dict(mode="grpo", lr=1e-6, kl="k2-token", normalise="token",
+                                              std_normalise=True)
 
 # The content of the paper's Box 1. {task} and {template} are filled in; in the template the curly brackets stay, for
 # the Challenger to fill.
@@ -120,8 +123,10 @@ class Settings(run.CommonSettings):
         "world's base")
     init: str = flag("",
         "start from the last checkpoint of this run's directory instead (LSP after GRPO, or the reverse)")
-    reward: str = flag("", "R(q, a): an embedded world's oracle, or reward:DIR_OR_HUB_ID, a sequence classifier "
-                           "with one label")
+    reward: str = flag("", "R(q, a): an embedded world's oracle; reward:DIR_OR_HUB_ID, a sequence classifier with one "
+        "label; python:FILE.py:FUNCTION, a function (prompt, answer, row) of your own; or verify:gsm8k, verify:math, "
+        "for --mode grpo with prompts that have an `answer`")
+    judge: str = flag("", "who judges the final table: what sppo.py's --judge takes [--reward]")
     prompts: str = flag("", "--mode grpo: queries to train on, a file or hub data set as in sppo.py [the world's own]")
     eval_prompts: str = flag("",
         "prompts of the final table, a file or hub data set [the world's test queries; else some of --prompts, held "
@@ -144,9 +149,11 @@ class Settings(run.CommonSettings):
         "what the Challenger gets: value = -V (the paper), spread = the group's standard deviation, frontier = "
         "-|V - 1/2| of the unscaled reward, for rewards in [0, 1]", ("value", "spread", "frontier"))
     kl: str = flag("reward",
-        "the KL term: reward = log-ratio off the advantage (exact reverse KL), k2 = half its square (the same "
-        "gradient), k1 = the log-ratio as a loss (no pull at all), k3 = exp(-l) - 1 + l (the forward KL's gradient)",
-        ("reward", "k1", "k2", "k3"))
+        "the KL term of a sequence's log-ratio l: reward = l off the advantage (exact reverse KL), k2 = half its "
+        "square (the same gradient), k1 = l as a loss (no pull at all), k3 = exp(-l) - 1 + l (the forward KL's "
+        "gradient; it explodes where l falls below -5 nats, as whole sequences soon do). k2-token, k3-token = each "
+        "token's own log-ratio: what TRL's GRPO takes by default, and without its use_bias_correction_kl",
+        ("reward", "k1", "k2", "k3", "k2-token", "k3-token"))
     normalise: str = flag("none",
         "what a sequence's log-prob is divided by: none (the paper), sequence = its length (GRPO), token = the batch's "
         "mean length, constant = --max-new-tokens (Dr. GRPO)", ("none", "sequence", "token", "constant"))
@@ -154,21 +161,15 @@ class Settings(run.CommonSettings):
     lr: float | None = flag(None, "learning rate (Table 1: 3e-6, GRPO 1e-6)", above=0)
     warmup: int | None = flag(None,
         "steps over which the learning rate rises; constant after (not in the paper)", at_least=0)
-    weight_decay: float = flag(0.0, "of AdamW", at_least=0)
     temperature: float = flag(1.0, "of sampling queries and answers; the loss is that of temperature 1, so that "
                                    "another one makes the gradient a biased one. Verdicts are sampled at 1", above=0)
     max_query_tokens: int | None = flag(None,
         "longest query in tokens; longer ones are cut, used, and counted", at_least=1)
-    max_new_tokens: int | None = flag(None,
-        "longest answer in tokens; longer ones are cut, used, and counted", at_least=1)
     max_verdict_tokens: int | None = flag(None, "longest verdict in tokens", at_least=1)
     micro_batch: int | None = flag(None,
         "queries, with their answers, per forward and backward pass and rank; the gradient is the same", at_least=1)
-    max_rows: int | None = flag(None, "sequences in flight while sampling; bounds the KV cache", at_least=1)
     test_prompts: int | None = flag(None, "prompts of the final table, at most", at_least=1)
     eval_every: int | None = flag(None, "steps between checkpoints and rows of the table", at_least=1)
-    print_every: int | None = flag(None,
-        "steps between printed lines and samples; metrics.jsonl has every step", at_least=1)
     out: str = flag("out/lsp", "the run's directory")
 
 
@@ -182,7 +183,7 @@ def main(argv):
     args, record, net = job.args, job.record, job.net
     evaluated(0, job)                           # the initial model, which every later one is compared with
     optimizer = kernels.Optimizer(net.parameters(), "adamw", args.weight_decay)
-    first = restored(net, optimizer, record)
+    first = restored(job, optimizer)
     bar = run.progress(desc="self-play", total=args.steps)
     bar.update(first)
     for step in range(first, args.steps):
@@ -202,10 +203,11 @@ def main(argv):
 
         # -- reference: how far each sequence has become likelier than under pi_Ref, for the KL term ------------------
         with record.phase("reference"):
-            ratio_sol = reference_ratios(job.ref, game.prompts, game.answer_ids, game.logp, args, job.shard)
+            ratio_sol = reference_ratios(job.ref, game.prompts, game.answer_ids, game.token_logp, args, job.shard)
             ratio_ch = None                     # where queries come from data there is no Challenger to train
             if job.challenge is not None:
-                ratio_ch = reference_ratios(job.ref, [job.challenge], [game.query_ids], game.logp_q, args, job.shard)
+                ratio_ch = reference_ratios(job.ref, [job.challenge], [game.query_ids], game.token_logp_q, args,
+                                            job.shard)
 
         # -- loss, step: L = L_Sol + alpha_ch L_Ch of (4), (5). One step on fresh samples, so that pi/sg(pi) is 1 ------
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
@@ -219,6 +221,7 @@ def main(argv):
             for name in ("sample", "judge", "reference", "train")}}
         record.write("metrics.jsonl", {"step": step + 1, **metrics})
         run.check_finite(metrics, f"step {step + 1}", last_checkpoint(job))
+        check_verdicts(step + 1, metrics.get("unread_verdicts", 0.0), job)
 
         # -- print: every figure is in metrics.jsonl; some queries go to samples.jsonl, where nonsense is seen first ---
         if (step + 1) % args.print_every == 0:
@@ -227,7 +230,7 @@ def main(argv):
         # -- evaluate, save -------------------------------------------------------------------------------------------
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             evaluated(step + 1, job)
-            record.save_state(iteration=0, step=step + 1, weights=net.state_dict(),
+            record.save_state(iteration=0, step=step + 1, mute_steps=job.mute_steps, weights=net.state_dict(),
                               shard={"optimizer": optimizer.state_dict()})
     bar.close()
     finish(job)
@@ -245,8 +248,8 @@ class Query:
     ids: list = ()                      # as the Challenger wrote it; none where queries come from data
     prompt: list = ()                   # the Solver's prompt: ids
     answer_ids: list = ()               # G lists of ids
-    logp_q: float = 0.0                 # log pi(q|cp) as sampled
-    logp: list = ()                     # G floats: log pi(a|q) as sampled
+    logp_q: list = ()                   # log pi of its tokens under cp, as sampled
+    logp: list = ()                     # G lists: log pi of an answer's tokens under the query, as sampled
     was_cut: bool = False               # did the query reach its length limit?
     cut_answers: int = 0                # how many of its answers did
 
@@ -264,8 +267,10 @@ class Game:
         self.prompts = [play.prompt for play in plays]                          # N lists of ids
         self.answers = [play.answers for play in plays]                         # N lists of G texts
         self.answer_ids = [play.answer_ids for play in plays]                   # N lists of G lists of ids
-        self.logp = torch.tensor([list(play.logp) for play in plays])           # [N, G]
-        self.logp_q = torch.tensor([play.logp_q for play in plays])             # [N]
+        self.token_logp = [logp for play in plays for logp in play.logp]        # N * G lists, a float for each token
+        self.token_logp_q = [play.logp_q for play in plays]                     # N lists
+        self.logp = torch.tensor([[sum(logp) for logp in play.logp] for play in plays])         # [N, G]
+        self.logp_q = torch.tensor([float(sum(play.logp_q)) for play in plays])                 # [N]
         self.cut = sum(play.cut_answers for play in plays) / sum(len(play.answers) for play in plays)
         self.cut_queries = sum(play.was_cut for play in plays) / len(plays)
 
@@ -287,9 +292,8 @@ def play(net, chat, args, step, challenge, data=None, shard=(0, 1)):
                             args.temperature, stop_ids=chat.stop_ids, max_rows=args.max_rows,
                             seeds=[run.stream(args.seed, "answers", step) + i for i in mine])
     for query, ids, logprobs, finish in zip(plays, said.tokens, said.logprobs, said.finish):
-        # as text, for the judges: no answer may pose as another turn there
-        query.answers = [chat.plain(chat.decode(answer)) for answer in ids]
-        query.answer_ids, query.logp = ids, [sum(each) for each in logprobs]
+        query.answers = [without_thinking(chat.decode(answer)) for answer in ids]           # what the judges read
+        query.answer_ids, query.logp = ids, logprobs
         query.cut_answers = finish.count("length")
     return Game(run.gather(plays, args.queries))
 
@@ -302,22 +306,10 @@ def written_queries(net, chat, args, step, challenge, mine):
                             seeds=[run.stream(args.seed, "queries", step) + i for i in mine])
     room, plays = chat.room(0, args.max_new_tokens), []
     for (ids,), (logprobs,), (finish,) in zip(said.tokens, said.logprobs, said.finish):
-        text = chat.plain(extract_query(chat.decode(ids))).strip()
+        text = extract_query(without_thinking(chat.decode(ids)))
         text = shortened(text, lambda part: len(chat.encode(part)) <= room)
-        plays.append(Query(text, [], ids, logp_q=sum(logprobs), was_cut=finish == "length"))
+        plays.append(Query(text, [], ids, logp_q=logprobs, was_cut=finish == "length"))
     return plays
-
-
-def extract_query(text):
-    """The query in what the Challenger wrote: what stands between the template's tags if it echoed them, trimmed.
-
-    >>> extract_query("[Start Generation]\\nWhat is 2 + 2? [End Generation] Done."), extract_query(" Why?[End Gener")
-    ('What is 2 + 2?', 'Why?')
-    """
-    start = list(re.finditer(r"\[\s*start generation\s*\]", text, re.IGNORECASE))
-    text = text[start[-1].end():] if start else text
-    end = re.search(r"\[\s*end generation\s*\]|\[\s*end\s[a-z]{0,10}$", text, re.IGNORECASE)     # perhaps cut
-    return (text[:end.start()] if end else text).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,13 +324,21 @@ def rewards(judge, game, args, shard):
     if hasattr(judge, "fits"):
         queries = [shortened(q, judge.fits) for q in queries]
     mine = judge.reward(queries, game.answers[rank::ranks]).tolist() if queries else []
-    return torch.tensor(run.gather(mine, args.queries)) * args.reward_scale
+    R = torch.tensor(run.gather(mine, args.queries))
+    if args.challenger_reward == "frontier" and not ((R >= 0) & (R <= 1)).all():
+        raise run.UserError(f"--challenger-reward frontier is for rewards in [0, 1], and --reward {args.reward} gave "
+                            f"{float(R.min()):g} to {float(R.max()):g}; scale them, or give spread or value")
+    return R * args.reward_scale
 
 
 def advantages(R, R_Q, args):
     """(A_Sol [N, G], A_Ch [N]) of (3) from R and R_Q [N, G]; R_Q None is the zero-sum game.
 
     V is of R alone: were R_Q added to it first, -V + V_Q would cancel it, and the Challenger would be paid for nothing.
+
+    >>> advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None, Settings(reward_scale=1.0))
+    (tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]]), tensor([ 0.2500, -0.2500]))
     """
     V = R.mean(1)                                                                                   # (2)
     plain = R / args.reward_scale                                                               # in the judge's units
@@ -357,54 +357,59 @@ def advantages(R, R_Q, args):
 # loss, step
 
 
-def loss_coefficient(advantage, logratio, beta, kl):
-    """What multiplies grad log pi of each sequence in the loss: advantage and logratio = log pi/pi_Ref, any one shape.
+def token_coefficients(advantages, ratio, lengths, longest, args):
+    """What multiplies grad log pi of every token in the loss: R float32 tensors, as long as their sequences.
 
-    As the sample comes from pi itself, pi/sg(pi) is 1 and its gradient is grad log pi; and each form of the KL term has
-    a gradient of the form c grad log pi too:
-        reward, k2 (l^2/2)       c = l             E[c grad log pi] = grad KL(pi || pi_Ref), exactly
-        k1         (l)           c = 1             expectation 0: E[grad log pi] = 0; (4) read literally, no pull at all
-        k3         (e^-l - 1 + l) c = 1 - e^-l     that of the other KL, KL(pi_Ref || pi)
+    advantages: [R]; ratio: what `reference_ratios` returns; lengths: R ints. With --kl k2-token or k3-token a token
+    has a coefficient of its own, by its own log-ratio l; otherwise a sequence's tokens share one, by the sequence's.
     """
-    pull = {"reward": logratio, "k2": logratio, "k1": torch.ones_like(logratio), "k3": 1 - (-logratio).exp()}[kl]
-    return -(advantage - beta * pull)
-
-
-def token_weights(lengths, normalise, longest):
-    """What each sequence's tokens are multiplied by: lengths [M] -> [M] float32 (see --normalise)."""
-    lengths = torch.tensor(lengths, dtype=torch.float32)
-    return {"none": torch.ones_like(lengths), "sequence": 1 / lengths, "token": 1 / lengths.mean().expand_as(lengths),
-            "constant": torch.full_like(lengths, 1 / longest)}[normalise]
+    ratios, by_token = ratio
+    weights = kernels.token_weights(lengths, args.normalise, longest)
+    if args.kl.endswith("-token"):
+        return [weight * kernels.loss_coefficient(A, torch.tensor(l), args.beta, args.kl.removesuffix("-token"))
+                for weight, A, l in zip(weights, advantages, by_token)]
+    coef = kernels.loss_coefficient(advantages, ratios, args.beta, args.kl) * weights
+    return [each.expand(length) for each, length in zip(coef, lengths)]
 
 
 def policy_pass(net, prompts, responses, coef, scale):
-    """Forward and backward of  sum over responses of coef log pi(response|prompt) * scale:  B prompts, B lists of
-    responses, coef [all responses]. Each prompt is computed once."""
+    """Forward and backward of  sum over the responses' tokens of coef log pi(token) * scale:  B prompts, B lists of
+    responses, coef: a tensor for each response. Each prompt is computed once."""
     view = model.SharedPrefix(prompts, responses, net.device)
     hidden = net(view.tokens, view)
-    coef = coef.to(net.device)[view.row] * scale
+    coef = torch.cat(coef).to(net.device) * scale                                               # [M]
     loss, _ = kernels.linear_policy_loss(hidden[view.source], net.head.weight, view.target, coef, net.config.logit_cap)
     loss.backward()
 
 
 @torch.no_grad()
-def reference_ratios(ref, prompts, responses, logp, args, shard):
-    """Phase `reference`: log pi/pi_Ref of whole sequences as sampled, on every rank. B prompts and B lists of as many
-    responses each, or one prompt and all its responses; logp float32 [N, G] or [N], whose shape the result has.
+def reference_ratios(ref, prompts, responses, token_logp, args, shard):
+    """Phase `reference`: (log pi/pi_Ref of every sequence as sampled, and token by token), on every rank: float32 [R]
+    and R lists. B prompts and B lists of as many responses each, or one prompt and all its responses; token_logp: R
+    lists, what the sampler said.
 
     In bfloat16 the sampler's and the forward pass's roundings differ: noise in the ratio of some hundredths of a nat a
     hundred tokens, which beta makes small beside the advantages.
     """
     rank, ranks = shard
-    mine, rows = range(rank, len(logp), ranks), []
+    count = len(responses[0]) if len(prompts) == 1 else len(prompts)
+    mine, rows = range(rank, count, ranks), []
     for k in range(0, len(mine), args.micro_batch):
         part = mine[k:k + args.micro_batch]
         if len(prompts) == 1:           # the Challenger's: its responses are shared out
-            logprob, row, count = model.response_logprobs(ref, prompts, [[responses[0][i] for i in part]])
+            batch = prompts, [[responses[0][i] for i in part]]
         else:
-            logprob, row, count = model.response_logprobs(ref, [prompts[i] for i in part], [responses[i] for i in part])
-        rows += kernels.sum_rows(logprob, row, count).view(-1, *logp.shape[1:]).tolist()
-    return logp - torch.tensor(run.gather(rows, len(logp)))
+            batch = [prompts[i] for i in part], [responses[i] for i in part]
+        logprob, row, of = model.response_logprobs(ref, *batch)
+        sums = kernels.sum_rows(logprob, row, of).view(len(part), -1).tolist()
+        tokens = [piece.tolist() for piece in logprob.split(row.bincount().tolist())]
+        each = len(tokens) // len(part)
+        rows += [(group, tokens[i * each:(i + 1) * each]) for i, group in enumerate(sums)]
+    rows = run.gather(rows, count)
+    theirs = [logp for _, group in rows for logp in group]                      # R lists
+    by_token = [[p - q for p, q in zip(*pair)] for pair in zip(token_logp, theirs, strict=True)]
+    sampled = torch.tensor([float(sum(logp)) for logp in token_logp])
+    return sampled - torch.tensor([logp for group, _ in rows for logp in group]), by_token
 
 
 def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challenge, args, lr, shard=(0, 1)):
@@ -415,20 +420,19 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
     """
     (N, G), (rank, ranks) = A_sol.shape, shard
     lengths = [len(a) for group in game.answer_ids for a in group]
-    coef = loss_coefficient(A_sol, ratio_sol, args.beta, args.kl) * token_weights(lengths, args.normalise,
-                                                                       args.max_new_tokens).view(N, G)
+    coef = token_coefficients(A_sol.flatten(), ratio_sol, lengths, args.max_new_tokens, args)
     mine = range(rank, N, ranks)
     for k in range(0, len(mine), args.micro_batch):
         part = mine[k:k + args.micro_batch]
-        policy_pass(net, [game.prompts[i] for i in part], [game.answer_ids[i] for i in part], coef[part].flatten(),
-                    ranks / (N * G))
+        policy_pass(net, [game.prompts[i] for i in part], [game.answer_ids[i] for i in part],
+                    [coef[i * G + j] for i in part for j in range(G)], ranks / (N * G))
         optimizer.collect()
     if challenge is not None and args.alpha_ch:
-        coef = loss_coefficient(A_ch, ratio_ch, args.beta, args.kl)
-        coef = coef * token_weights([len(q) for q in game.query_ids], args.normalise, args.max_query_tokens)
+        coef = token_coefficients(A_ch, ratio_ch, list(map(len, game.query_ids)), args.max_query_tokens, args)
         for k in range(0, len(mine), args.micro_batch):
             part = mine[k:k + args.micro_batch]
-            policy_pass(net, [challenge], [[game.query_ids[i] for i in part]], coef[part], args.alpha_ch * ranks / N)
+            policy_pass(net, [challenge], [[game.query_ids[i] for i in part]], [coef[i] for i in part],
+                        args.alpha_ch * ranks / N)
             optimizer.collect()
     return optimizer.step(lr, args.clip)
 
@@ -442,32 +446,61 @@ def evaluated(step, job):
     record, name = job.record, f"step {step}" if step else "base"
     if name not in job.board:
         if step and job.shard[0] == 0:
-            job.net.save_pretrained(record.path(f"step-{step}"), job.chat.tokenizer)
+            job.net.save_pretrained(record.path(f"step-{step}"), job.chat.directory)
         with record.phase("evaluate"):
             if not step:
                 job.board.draw_base(job.ref, "test")
             job.board.add(name, job.net if step else job.ref, more=lambda: figures_of(step, job))
+        summarised(job)
     record.say(winrate.table(job.board.rows))
 
 
+def summarised(job):
+    """Writes summary.json and curves.png of all that was evaluated so far."""
+    args, record, name = job.args, job.record, method(job.args)
+    summary = record.write_summary(name, args, job.base, job.device, job.shard[1], job.board.rows)
+    if job.shard[0] == 0:
+        plots.plot([(name, summary)], record.path("curves.png"))
+
+
 def figures_of(step, job):
-    """What stands in a row besides its win rates: what the Challenger asks, and when it was made."""
-    figures = {}
-    if job.challenge is not None:
-        figures = challenger_figures(job.net if step else job.ref, job.ref, job.chat, job.args,
-                                     step - 1 if step else "base", job.challenge, job.shard)
-    return figures | ({"seconds": round(job.record.total_seconds(), 1)} if step else {})
+    """What stands in a row besides its win rates: when it was made, and what the Challenger asks, by fresh queries (512
+    in the embedded world, else 64)."""
+    args, figures = job.args, {"seconds": round(job.record.total_seconds(), 1)} if step else {}
+    if job.challenge is None:
+        return figures
+    stage, spoken = step - 1 if step else "base", world.WORLDS.get(args.world)
+    many = dataclasses.replace(args, queries=512 if spoken else 64, answers=1, max_new_tokens=1)
+    game = play(job.net if step else job.ref, job.chat, many, ("figures", stage), job.challenge, shard=job.shard)
+    asked = winrate.query_metrics(game.queries, spoken)
+    if spoken:
+        seed = run.stream(args.seed, "figures", stage)
+        asked["base_accuracy"] = winrate.base_accuracy(game.queries, spoken, job.ref, job.chat, seed)
+    return asked | figures
 
 
-def restored(net, optimizer, record):
+def restored(job, optimizer):
     """Loads what an interrupted run had saved; returns the number of steps that it had made."""
-    state = record.training_state(0)
+    record, state = job.record, job.record.training_state(0)
     if record.state is None and record.resumed:
         record.say("no state was saved yet: training starts at step 1")
     if "weights" in state:
-        net.load_state_dict(state.pop("weights"))
+        job.net.load_state_dict(state.pop("weights"))
         optimizer.load_state_dict(state.pop("optimizer"))
+    job.mute_steps = state.get("mute_steps", 0)
     return state["step"]
+
+
+def check_verdicts(step, share, job):
+    """share: of the self-reward's verdicts that could not be read. Without them the game is the zero-sum one and looks
+    healthy, so the run says it, and raises UserError after ten steps in a row with most of them unread."""
+    job.mute_steps = job.mute_steps + 1 if share > 0.5 else 0
+    told = (f"step {step}: {share:.0%} of the self-reward's verdicts could not be read, which leaves the game of "
+            "--mode lsp-zero; raise --max-verdict-tokens, give another --self-reward-prompt, or --self-reward expected")
+    if job.mute_steps == 1:
+        job.record.say(told + " (ten such steps in a row end the run)")
+    if job.mute_steps >= 10:
+        raise run.UserError(told + " (for ten steps in a row)")
 
 
 def last_checkpoint(job):
@@ -487,43 +520,17 @@ def write_samples(step, game, R, R_Q, record, args):
 def step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args):
     """A step's row of metrics.jsonl, but for what the phases add. Rewards in the judge's units; nats; tokens."""
     metrics = {"reward": float(R.mean()) / args.reward_scale, "spread": float(R.std(1).mean()) / args.reward_scale,
-               "kl_solver": float(ratio_sol.mean()), "entropy_solver": float(-game.logp.mean()),
+               "kl_solver": float(ratio_sol[0].mean()), "entropy_solver": float(-game.logp.mean()),
                "advantage_solver": float(A_sol.abs().mean()), "cut": game.cut,
                "answer_tokens": sum(len(a) for group in game.answer_ids for a in group) / A_sol.numel()}
     if R_Q is not None:
         metrics["self_reward"] = float(R_Q.mean())
     if ratio_ch is not None:
-        metrics |= {"kl_challenger": float(ratio_ch.mean()), "entropy_challenger": float(-game.logp_q.mean()),
+        metrics |= {"kl_challenger": float(ratio_ch[0].mean()), "entropy_challenger": float(-game.logp_q.mean()),
                     "advantage_challenger": float(A_ch.abs().mean()), "cut_queries": game.cut_queries,
-                    "query_tokens": sum(map(len, game.query_ids)) / len(game.query_ids), **query_metrics(game, args)}
+                    "query_tokens": sum(map(len, game.query_ids)) / len(game.query_ids),
+                    **winrate.query_metrics(game.queries, world.WORLDS.get(args.world))}
     return metrics
-
-
-def query_metrics(game, args):
-    """What the Challenger's queries are like: share of distinct ones, of empty ones, and where the embedded world's
-    parser knows it, the share malformed and the mean number of operations of the others."""
-    metrics = {"distinct": len(set(game.queries)) / len(game.queries),
-               "empty": sum(not q for q in game.queries) / len(game.queries)}
-    if args.world:
-        parsed = [world.WORLDS[args.world].parse(q) for q in game.queries]
-        good = [p for p in parsed if p]
-        metrics |= {"malformed": 1 - len(good) / len(parsed), "ops": sum(len(p[0]) for p in good) / max(1, len(good))}
-    return metrics
-
-
-def challenger_figures(net, ref, chat, args, step, challenge, shard):
-    """query_metrics of fresh queries (512 in the embedded world, else 64), and in the world `base_accuracy`: how many
-    of the well-formed ones the INITIAL model answers exactly, sampled once: whether the Challenger asks harder things
-    than it did."""
-    game = play(net, chat, dataclasses.replace(args, queries=512 if args.world else 64, answers=1, max_new_tokens=1),
-                ("figures", step), challenge, shard=shard)
-    figures = query_metrics(game, args)
-    if args.world:
-        spoken = world.WORLDS[args.world]
-        good = [q for q in game.queries if spoken.parse(q)]
-        figures["base_accuracy"] = None if not good else world.accuracy(
-            spoken, ref, chat.tokenizer, good, 1, run.stream(args.seed, "figures", step))
-    return figures
 
 
 def line(step, metrics, args):
@@ -533,31 +540,18 @@ def line(step, metrics, args):
         text += f", of the Challenger {metrics['kl_challenger']:+.2f}; queries: "
         if "malformed" in metrics:
             text += f"malformed {metrics['malformed']:.1%}, {metrics['ops']:.2f} operations, "
-        text += f"{metrics['query_tokens']:.0f} tokens, {metrics['distinct']:.0%} distinct"
-    return text + (f"; self-reward {metrics['self_reward']:.2f}" if "self_reward" in metrics else "")
-
-
-def queries_over_time(path, times=6, each=3):
-    """Some of the run's queries, from its samples.jsonl: text, a line for each of `times` steps."""
-    rows = {}
-    with open(path) as file:
-        for row in map(json.loads, file):
-            rows.setdefault(row["step"], []).append(row["query"])
-    steps = list(rows)
-    shown = [steps[round(i * (len(steps) - 1) / (times - 1))] for i in range(times)] if len(steps) > times else steps
-    return "queries over time:\n" + "\n".join(
-        f"  step {step:5d}  " + "  |  ".join(repr(q)[1:-1][:60] for q in rows[step][:each]) for step in shown)
+        text += f"{metrics['query_tokens']:.0f} tokens, {metrics['distinct']:.0%} distinct, {metrics['cut_queries']:.0%} cut"
+    if "self_reward" in metrics:
+        text += f"; self-reward {metrics['self_reward']:.2f}, {metrics['unread_verdicts']:.0%} of verdicts unread"
+    return text
 
 
 def finish(job):
-    """The end of a run: summary.json, curves.png, what was asked over time, and where the seconds went."""
-    args, record, name = job.args, job.record, method(job.args)
-    summary = record.write_summary(name, args, job.base, job.device, job.shard[1], job.board.rows)
-    if job.shard[0] == 0:
-        plots.plot([(name, summary)], record.path("curves.png"))
-        if job.challenge is not None:
-            record.say(queries_over_time(record.path("samples.jsonl")))
-    record.say_where()
+    """The end of a run: the summary, what was asked over time, and where the seconds went."""
+    summarised(job)
+    if job.shard[0] == 0 and job.challenge is not None:
+        job.record.say(winrate.queries_over_time(job.record.path("samples.jsonl")))
+    job.record.say_where()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,7 +563,6 @@ class Job:
     """What the phases of a run work with."""
     args: Settings
     device: torch.device
-    dtype: torch.dtype
     shard: tuple                                # (rank, number of ranks)
     record: run.Run = None                      # the run's directory, journals and clock
     base: str = ""                              # the initial model, a checkpoint
@@ -581,6 +574,7 @@ class Job:
     challenge: list = None                      # cp, the Challenger's prompt as ids; None where queries come from data
     data: list = None                           # a list of N queries for each step, where they do
     board: winrate.Scoreboard = None
+    mute_steps: int = 0                         # how many steps in a row the self-reward could hardly be read
 
 
 def set_up(argv):
@@ -591,14 +585,17 @@ def set_up(argv):
                                 for name in PLAYABLE}, "real models": REAL}))
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = run.init_ranks(device)
-    job = Job(args, device, dtype, (rank, ranks))
+    job = Job(args, device, (rank, ranks))
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
     asked, (job.data, test) = challenger_prompt(args), read_data(args)
-    job.judge = prefmodel.load(args.reward, device=device, dtype=dtype)
+    job.judge = prefmodel.load(args.reward, "pairwise", device, dtype, args.template_option)
+    table_judge = job.judge if not args.judge else prefmodel.load(args.judge, "pairwise", device, dtype,
+                                                                  args.template_option)
+    check_reward(job.judge, args)
     job.base = initial_model(args) or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[args.world], device))
     job.net = model.Transformer.from_pretrained(job.base, device, dtype)
-    job.chat = Chat(job.base, job.net)
+    job.chat = Chat(job.base, job.net, args.template_option)
     if args.world:
         winrate.check_speaks_world(job.base, job.net, job.chat, world.WORLDS[args.world], "--model",
                                    "--reward reward:DIR_OR_HUB_ID too, which reads natural language")
@@ -620,9 +617,9 @@ def set_up(argv):
                 else initial_queries(job.ref, job.chat, args, job.challenge, job.shard))
     if rank == 0:
         run.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
-        run.write_rows(record.path("state", "test.jsonl"), [{"prompt": p} for p in test])
+        run.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
     run.barrier()
-    job.board = winrate.Scoreboard(record, job.chat, job.judge,
+    job.board = winrate.Scoreboard(record, job.chat, table_judge,
                                    {"test": (test, job.chat.encode_all(test, 0, args.max_new_tokens))},
                                    winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows), args.seed, job.shard)
     return job
@@ -635,12 +632,8 @@ def check_room(job, test):
         raise run.UserError(f"the Challenger's prompt has {len(job.challenge)} tokens, and --max-query-tokens "
                             f"{args.max_query_tokens} do not fit after it into the model's context of {chat.context}; "
                             "lower them, or give a shorter --challenger-prompt")
-    room = chat.room(0, args.max_new_tokens)
-    for prompt in itertools.chain(*(job.data or ()), test or ()):
-        if len(chat.encode(prompt)) > room:
-            raise run.UserError(f"the prompt {prompt[:40]!r} has more than the {room} tokens that --max-new-tokens "
-                                f"{args.max_new_tokens} leaves of the context; shorten or remove it, or lower that")
-    if room < len(chat.encode("")) + 1:
+    chat.encode_all(dict.fromkeys(sum(job.data or [], []) + (test or [])), 0, args.max_new_tokens)
+    if chat.room(0, args.max_new_tokens) < len(chat.encode("")) + 1:
         raise run.UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a query in the model's context "
                             f"of {chat.context} tokens; lower it")
 
@@ -687,23 +680,38 @@ def check_mode(args):
     if args.prompts and args.mode != "grpo":
         raise run.UserError(f"--prompts is for --mode grpo; in --mode {args.mode} the Challenger writes the queries "
                             "(--eval-prompts are those of the final table)")
-    if args.challenger_reward == "frontier" and not args.world:
-        raise run.UserError("--challenger-reward frontier is for rewards in [0, 1], a reward model's have no bounds; "
-                            "give spread or value")
+    if args.mode != "grpo" and args.reward.startswith("verify:"):
+        raise run.UserError(f"--reward {args.reward} knows the answers to --prompts alone, not to what a Challenger "
+                            "asks; give --mode grpo")
+    if args.challenger_reward == "frontier" and args.reward.startswith("reward:"):
+        raise run.UserError("--challenger-reward frontier is for rewards in [0, 1]; give a reward model spread or value")
+
+
+def check_reward(judge, args):
+    """Raises UserError for a judge that only compares answers, and for bounds that do not fit `frontier`."""
+    if not hasattr(judge, "reward"):
+        raise run.UserError(f"--reward {args.reward} rates no single answer; give a function of prompt, answer and row")
+    low, high = getattr(judge, "bounds", None) or (0, 1)        # not declared: `rewards` looks at every one
+    if args.challenger_reward == "frontier" and not 0 <= low <= high <= 1:
+        raise run.UserError(f"--challenger-reward frontier is for rewards in [0, 1], and those of {args.reward} lie in "
+                            f"[{low}, {high}]; give spread or value, or scale them")
 
 
 def check_models(args):
     """Raises UserError where the reward, the model or the prompts are missing, or of two worlds."""
-    if not args.world and not re.match("reward:.", args.reward):
+    if not args.world and not re.match("(reward|python|verify):.", args.reward):
         raise run.UserError(f"--reward {args.reward} gives no rewards; give reward:DIR_OR_HUB_ID, a sequence "
-                            "classifier with one label (PairRM compares answers, but does not rate one)")
+                            "classifier with one label, python:FILE.py:FUNCTION or verify:gsm8k")
+    spoken = prefmodel.world_of(args.judge) if args.judge else None
+    if spoken and (not args.world or spoken is not world.WORLDS[args.world]):
+        raise run.UserError(f"--judge {args.judge} knows only its embedded world's queries; give pairrm:DIR_OR_HUB_ID, "
+                            "or leave it out")
     if args.model and args.init and args.model != PRESETS.get(args.preset, {}).get("model"):
         raise run.UserError("--model and --init both say where to start; give one of them")
     for name in ("task", "template", "challenger_prompt", "self_reward_prompt") if args.world else ():
         if getattr(args, name):
-            raise run.UserError(f"--{name.replace('_', '-')} is for real models; an embedded world's base has fixed "
-                                "modes instead of prompts (give --model and --reward reward:DIR_OR_HUB_ID, or leave it "
-                                "out)")
+            raise run.UserError(f"--{name.replace('_', '-')} is for real models, an embedded world's base has fixed "
+                                "modes; give --model and --reward reward:DIR_OR_HUB_ID, or leave it out")
     if not args.world and not args.model and not args.init:
         raise run.UserError(f"--reward {args.reward} reads natural language: give --model DIR_OR_HUB_ID too")
     if not args.world and args.mode == "grpo" and not args.prompts:
@@ -716,13 +724,10 @@ def initial_model(args):
     began = os.path.join(args.out, "state", "initial.json")
     if args.resume and os.path.exists(began):
         return run.read_json(began)["initial"]
-    if not args.init:
-        return args.model
-    found = [(int(name.split("-")[1]), name) for name in (os.listdir(args.init) if os.path.isdir(args.init) else ())
-             if re.fullmatch(r"(iter|step)-\d+", name)]
-    if not found:
+    found = run.last_checkpoint(args.init) if args.init else args.model
+    if found is None:
         raise run.UserError(f"--init {args.init} holds no checkpoint iter-k or step-k; give a run's directory")
-    return os.path.join(args.init, max(found)[1])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,10 +772,7 @@ def read_data(args):
             raise run.UserError(f"--prompts {args.prompts} leaves {len(train)} prompts to train on beside "
                                 f"{len(test)} of the final table; a step takes --queries {args.queries}: give more, or "
                                 "lower --test-prompts")
-        order, passes = [], math.ceil(args.steps * args.queries / len(train))
-        for k in range(passes):
-            order += train if args.world and passes == 1 else run.shuffled(train, args.seed, "training prompts", k)
-        train = [order[k * args.queries:(k + 1) * args.queries] for k in range(args.steps)]
+        train = in_steps(train, args.steps, args.queries, args.seed, keep_order=bool(args.world))
     return train, test
 
 

@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import textwrap
@@ -100,6 +101,14 @@ class CommonSettings:
         "backward passes per optimizer step, another way to say --micro-batch; 0 = as --micro-batch says", at_least=0)
     activation_checkpointing: bool = flag(False,
         "keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
+    weight_decay: float = flag(0.0, "of the optimizer (not in the papers)", at_least=0)
+    max_new_tokens: int | None = flag(None,
+        "longest answer in tokens; longer ones are cut, used, and counted", at_least=1)
+    max_rows: int | None = flag(None, "sequences in flight while sampling; bounds the KV cache", at_least=1)
+    print_every: int | None = flag(None,
+        "optimizer steps between printed lines; metrics.jsonl has every step", at_least=1)
+    template_option: str = flag("",
+        "name=value[,name=value] for the checkpoint's chat template [enable_thinking=false where it knows the name]")
     seed: int = flag(0, "fixes everything that is drawn, but not an embedded world and its base")
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = flag("auto",
@@ -369,6 +378,14 @@ def remove(path):
         os.remove(path)
 
 
+def last_checkpoint(directory):
+    """The newest checkpoint, iter-k or step-k, in a run's directory; None where there is none."""
+    names = [name for name in (os.listdir(directory) if os.path.isdir(directory) else ())
+             if re.fullmatch(r"(iter|step)-\d+", name)]
+    newest = max(names, key=lambda name: int(name.split("-")[1]), default=None)
+    return newest and os.path.join(directory, newest)
+
+
 def rename_on_rank_0(path, name):
     """Give a finished file or directory its final name; on every rank it is there afterwards."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -571,7 +588,9 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
                         "it, or another --out")
     if resume and os.path.exists(config):
-        _check_same(out, read_json(config), lasting(settings))
+        now, default = lasting(settings), {field.name: field.default for field in dataclasses.fields(settings)}
+        later = {name: default[name] for name in now}           # what flags that came later were then
+        _check_same(out, later | read_json(config), now)
     return True
 
 

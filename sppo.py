@@ -69,7 +69,9 @@ import rollout
 import run
 import winrate
 import world
-from chat import Chat, VERDICTS, answer_texts, divide, read_sources, read_table, readable_row, verdict_columns
+from chat import (Chat, VERDICTS, answer_limit, answer_texts, as_row, asked, divide, encode_prompts, read_prompts,
+                  read_sources, read_table, readable_row, table_row, training_examples, verdict_columns,
+                  without_long_prompts, without_thinking)
 from run import flag
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
@@ -139,7 +141,6 @@ class Settings(run.CommonSettings):
     keep: str | None = flag(None, "pi_{t+1}: the epoch best on validation prompts, or the last", ("best", "last"))
     warmup: float = flag(0.1, "share of the scheduled steps over which the learning rate rises, to fall after "
                               "(section 5.1: 0.1)", at_least=0, at_most=1)
-    weight_decay: float = flag(0.0, "of AdamW or RMSProp (not in the paper)", at_least=0)
     batch_size: int | None = flag(None,
         "prompts per optimizer step, over all ranks (section 5.1: 64); two answers each", at_least=1)
     micro_batch: int | None = flag(None,
@@ -148,13 +149,10 @@ class Settings(run.CommonSettings):
         "of sampling (section 5.1: 1); above 0, for greedy decoding would draw the same answer K times", above=0)
     top_p: float = flag(1.0, "nucleus of sampling, in (0, 1] (section 5.1: 1)", above=0, at_most=1)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
-    max_new_tokens: int | None = flag(None,
-        "longest answer in tokens; longer ones are cut, kept and counted", at_least=1)
     max_prompt_tokens: int | None = flag(None,
         "longest prompt in tokens, template included; 0 = whatever the context allows", at_least=0)
     max_total_tokens: int = flag(0, "most tokens of prompt and answer together; 0 = no such bound", at_least=0)
     drop_long_prompts: bool = flag(False, "leave out prompts that are too long, and say how many, instead of refusing")
-    max_rows: int | None = flag(None, "answers in flight while sampling; bounds the KV cache", at_least=1)
     chunk: int | None = flag(None,
         "prompts between two writes while answers are sampled or judged: what an interruption costs at most",
         at_least=1)
@@ -162,8 +160,6 @@ class Settings(run.CommonSettings):
         "held-out prompts that choose the checkpoint, with --keep best", at_least=1)
     test_prompts: int | None = flag(None,
         "held-out prompts of the final table; nothing is chosen on them", at_least=1)
-    print_every: int | None = flag(None,
-        "optimizer steps between printed lines; metrics.jsonl has every step", at_least=1)
     save_every: int | None = flag(None,
         "optimizer steps between saved states, besides those at every epoch's end; 0 = only those", at_least=0)
     stage: str = flag("", "do one part of one iteration and stop: sample, judge or train, each on any machine",
@@ -189,7 +185,7 @@ def main(argv):
     job = set_up(argv)
     if job.args.stage:
         return one_phase(job)
-    evaluations = evaluated(0, job)             # the base, which every later model is compared with
+    evaluated(0, job)                           # the base, which every later model is compared with
     for t in range(1, job.args.iterations + 1):
         if not os.path.exists(job.pi_path(t + 1)):
             # K answers of pi_t to every prompt of part t. They are drawn anew in each iteration, from the very policy
@@ -202,8 +198,8 @@ def main(argv):
             rows = None                         # their texts are not needed any more, and take much memory
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
             trained(t, examples, statistics, job)
-        evaluations = evaluated(t, job)
-    finish(evaluations, job)
+        evaluated(t, job)
+    finish(job)
 
 
 def one_phase(job):
@@ -308,18 +304,16 @@ def sample_answers(net, chat, prompts, args, t, shard, first=0):
     iteration's part; a prompt's random numbers belong to its place, whichever rank and chunk it falls to."""
     rank, ranks = shard
     mine = prompts[rank::ranks]
-    ids = encode(chat, mine, args)
-    limits = [[answer_limits(args).limit(prompt)] * args.k for prompt in ids]
+    ids = encode_prompts(mine, chat, args)
+    limits = [[answer_limit(prompt, args.max_new_tokens, args.max_total_tokens)] * args.k for prompt in ids]
     seeds = [run.stream(args.seed, "sample", t) + first + i for i in range(rank, len(prompts), ranks)]
     samples = rollout.generate(net, ids, args.k, limits, args.temperature, args.top_p, chat.stop_ids, seeds,
                                args.top_k, args.max_rows,
                                desc=f"iteration {t}: {args.k} answers a prompt, from prompt {first + 1} on")
     rows = []
     for prompt, prompt_ids, tokens, finish in zip(mine, ids, samples.tokens, samples.finish):
-        user = {"role": "user", "content": prompt}
-        answers = {f"generate_{k}": [user, {"role": "assistant", "content": chat.decode(y)}]
-                   for k, y in enumerate(tokens)}
-        rows.append({"prompt": prompt, **answers, "prompt_ids": prompt_ids, "tokens": tokens, "finish": finish})
+        row = table_row(prompt, [chat.decode(y) for y in tokens])
+        rows.append({**row, "prompt_ids": prompt_ids, "tokens": tokens, "finish": finish})
     return run.gather(rows, len(prompts))
 
 
@@ -345,10 +339,12 @@ def put_table(path, rows, begun, job):
 
 
 def judge_answers(rows, judge, shard):
-    """The rows with the judge's columns; every rank judges its share and returns all."""
+    """The rows with the judge's columns; every rank judges its share and returns all. What a model thought before it
+    answered is not judged."""
     rank, ranks = shard
     mine = rows[rank::ranks]
-    P = judge.preference([row["prompt"] for row in mine], [answer_texts(row) for row in mine])    # [B, K, K]
+    answers = [[without_thinking(text) for text in answer_texts(row)] for row in mine]
+    P = judge.preference([asked(row) for row in mine], answers)                                   # [B, K, K]
     return run.gather([row | verdict_columns(row, p) for row, p in zip(mine, P)], len(rows))
 
 
@@ -367,54 +363,6 @@ def picked(t, rows, job):
         for row in rows[:50]:
             job.record.write("samples.jsonl", {"iteration": t, **readable_row(row)})
     return examples, statistics
-
-
-def training_examples(rows, chat, args, rank=0):
-    """What the loss needs of a judged table: a list of {prompt: ids, responses: n lists of ids, p: their n Phats}, best
-    first, worst last; n = K with --all-responses, else 2. Also the phase's statistics, a dict for metrics.jsonl.
-
-    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
-    """
-    if args.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
-        fit = set(without_long_prompts([row["prompt"] for row in rows], chat, args, rank))
-        rows = [row for row in rows if row["prompt"] in fit]
-    examples, cut = [], []
-    for row in rows:
-        order, p = ranked(row, args.all_responses)
-        if order is not None and "tokens" in row:           # sampled here: the very ids
-            example = {"prompt": row["prompt_ids"], "responses": [row["tokens"][k] for k in order]}
-            cut += [end == "length" for end in row["finish"]]
-        else:                                               # text from elsewhere
-            talks = [row["chosen"], row["rejected"]] if order is None else [row[f"generate_{k}"] for k in order]
-            example, too_long = encode_talks(row["prompt"], talks, chat, args)
-            cut += too_long
-        examples.append(example | {"p": p})
-    if not examples:
-        raise run.UserError("no row of the table is left to train on; raise --max-prompt-tokens")
-    statistics = {"phat_best": sum(e["p"][0] for e in examples) / len(examples),
-                  "phat_worst": sum(e["p"][-1] for e in examples) / len(examples),
-                  "tied_share": sum(e["p"][0] == e["p"][-1] for e in examples) / len(examples),
-                  "cut_share": sum(cut) / len(cut)}
-    return examples, statistics
-
-
-def ranked(row, all_responses):
-    """Which of a judged row's answers enter the loss, best first and worst last, and their Phats: (numbers, floats).
-    The numbers are None for the official training table, which knows its winner and loser alone."""
-    if "probability" not in row:
-        return None, [row["chosen_probs_win"], row["chosen_probs_lose"]]
-    wins = kernels.phat(torch.tensor(row["probability"]))                                         # [K]
-    order = wins.argsort(descending=True, stable=True).tolist() if all_responses else kernels.best_and_worst(wins)
-    return list(order), wins[list(order)].tolist()
-
-
-def encode_talks(prompt, talks, chat, args):
-    """Answers that are known as text only, through the chat template: ({prompt, responses} as ids, which were cut).
-    An answer that is too long ends where a sampled one would have been cut, without an end token."""
-    ids, = chat.encode_all([prompt], args.max_prompt_tokens, 1, args.max_total_tokens)
-    limit = min(answer_limits(args).limit(ids), chat.context - len(ids))
-    responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
-    return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]
 
 
 def sequence_logprobs(net, examples):
@@ -503,7 +451,7 @@ def validate_and_keep(best, net, t, step, epoch, job):
     if not better:
         return best
     if job.rank == 0:
-        net.save_pretrained(record.path("state", "best"), job.chat.tokenizer)
+        net.save_pretrained(record.path("state", "best"), job.chat.directory)
     return {"rate": rate, "epoch": epoch}
 
 
@@ -515,7 +463,7 @@ def evaluated(t, job):
     """Phase `evaluate`: the table's rows up to iteration t; 0 is the base, which all later ones are compared with."""
     board, name = job.board, f"iteration {t}" if t else "base"
     if name in board:
-        return board.rows
+        return
     net = job.network(job.pi_path(t + 1))
     with job.record.phase("evaluate"):
         if t == 0:
@@ -525,18 +473,24 @@ def evaluated(t, job):
     job.record.say(kept + (winrate.style_line(board.rows) if t and "styles" in row else winrate.table(board.rows)))
     if t or job.record.state is None:           # not over the state of a training that a stage began
         job.record.save_state(iteration=t + 1, step=0)
-    return board.rows
+    summarised(job)
 
 
-def finish(evaluations, job):
-    """The end of a run: summary.json, curves.png, and where the time went."""
+def summarised(job):
+    """Writes summary.json and curves.png of all that was evaluated so far. Returns the summary."""
     args, record = job.args, job.record
-    summary = record.write_summary(args.loss, args, job.base, job.device, job.shard[1], evaluations)
+    summary = record.write_summary(args.loss, args, job.base, job.device, job.shard[1], job.board.rows)
     if job.rank == 0:
         plots.plot([(args.loss, summary)], record.path("curves.png"))
-        if "styles" in evaluations[0]:
-            record.say(winrate.style_table(summary))
-    record.say_where()
+    return summary
+
+
+def finish(job):
+    """The end of a run: the summary, and where the time went."""
+    summary = summarised(job)
+    if "styles" in job.board.rows[0]:
+        job.record.say(winrate.style_table(summary))
+    job.record.say_where()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,29 +549,34 @@ def set_up(argv):
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
         run.check_out(args.out, args, resume, args.overwrite)
-    rows = check_stage(args)
+    rows, began = check_stage(args), begun(args, resume)
     sources = read_sources(args.prompts, args.iterations) if "prompts" in needs(args) and args.prompts else None
     if "judge" in needs(args):
-        job.judge = prefmodel.load(args.judge, args.estimator, device, dtype)
+        job.judge = prefmodel.load(args.judge, args.estimator, device, dtype, args.template_option)
     if "model" in needs(args):
-        job.base = args.model or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[args.world], device))
-        job.chat = Chat(job.base, job.network(job.base))
+        job.base = began.get("initial") or args.model or run.on_rank_0_first(
+            rank, lambda: world.base(world.WORLDS[args.world], device))
+        job.chat = Chat(job.base, job.network(job.base), args.template_option)
         if args.world:
             winrate.check_speaks_world(job.base, job.network(job.base), job.chat, world.WORLDS[args.world])
     if "prompts" in needs(args):
         if sources and args.drop_long_prompts:
             sources = [without_long_prompts(source, job.chat, args, rank) for source in sources]
-        validation, test, job.parts = split_prompts(args, sources)
-        job.held_out = {"validation": (validation, encode(job.chat, validation, args)),
-                        "test": (test, encode(job.chat, test, args))}
+        validation, test, job.parts = split_prompts(args, sources, began)
+        job.held_out = {"validation": (validation, encode_prompts(validation, job.chat, args)),
+                        "test": (test, encode_prompts(test, job.chat, args))}
         for part in job.parts:                              # refuse an over-long prompt now, not after an hour
-            encode(job.chat, part, args)
+            encode_prompts(part, job.chat, args)
     if args.stage == "train":
         check_training_rows(rows, args, job)
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
-            run.write_rows(record.path("state", f"{name}.jsonl"), [{"prompt": p} for p in prompts])
+            run.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
+        if job.parts:                                       # what a resumed run must not change
+            run.write_json(record.path("state", "initial.json"), {
+                "initial": str(job.base), "iterations": sessions(began, args) + [args.iterations],
+                "size": len(job.parts[0]) if len(sources or []) == 1 else 0})
         if args.table:                                      # where the phases look for it
             run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
@@ -754,7 +713,7 @@ def check_training_rows(rows, args, job):
     room, or another table than an interrupted training began with."""
     table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
     validation, _ = job.held_out.get("validation", ((), ()))
-    if not {row["prompt"] for row in rows}.isdisjoint(validation):
+    if not set(map(asked, rows)).isdisjoint(validation):
         raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation; leave them "
                             "out, or give --keep last")
     examples, _ = training_examples(rows, job.chat, args, rank=-1)
@@ -769,25 +728,31 @@ def check_training_rows(rows, args, job):
 # prompts
 
 
-def split_prompts(args, sources=None):
-    """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world."""
-    divided = world.WORLDS[args.world].divide if args.world else lambda *sizes: divide(sources, *sizes)
+def begun(args, resume):
+    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "size": prompts of a
+    part}; {} for a new run."""
+    path = os.path.join(args.out, "state", "initial.json")
+    return run.read_json(path) if resume and os.path.exists(path) else {}
+
+
+def sessions(began, args):
+    """The numbers of iterations that earlier sessions of the run had, where they were fewer: a list that grows."""
+    return [count for count in began.get("iterations", []) if count < args.iterations]
+
+
+def split_prompts(args, sources=None, began={}):
+    """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world. A run
+    that goes on with a larger --iterations keeps its held-out prompts, and gets further parts."""
+    size = args.prompts_per_iteration or began.get("size", 0)
+    sizes = args.iterations, size, args.validation_prompts, args.test_prompts, args.seed
     try:
-        return divided(args.iterations, args.prompts_per_iteration, args.validation_prompts, args.test_prompts,
-                       args.seed)
+        if args.world:
+            return world.WORLDS[args.world].divide(*sizes, sessions(began, args))
+        files = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
+        held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
+        return divide(sources, *sizes, held)
     except ValueError as error:
         raise run.UserError(f"--prompts {args.prompts} {error}" if sources else str(error)) from None
-
-
-def encode(chat, prompts, args):
-    """Ids of prompts to be answered; raises UserError for one that is too long (see Chat.encode_all)."""
-    return chat.encode_all(prompts, args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens)
-
-
-def without_long_prompts(prompts, chat, args, rank):
-    """The prompts that there is room for; prints how many were left out."""
-    room = chat.room(args.max_prompt_tokens, 1 if args.table else args.max_new_tokens, args.max_total_tokens)
-    return chat.that_fit(prompts, room, quiet=rank != 0)
 
 
 def answer_limits(args):

@@ -24,6 +24,7 @@ import prefmodel
 import rollout
 import run
 import world
+from chat import answer_limit, without_thinking
 
 
 @dataclasses.dataclass
@@ -37,12 +38,12 @@ class Sampling:
 
     def limit(self, prompt):
         """How many tokens the answer to a prompt's ids may have."""
-        total = self.max_total_tokens or math.inf
-        return int(max(1, min(self.max_new_tokens, total - len(prompt))))
+        return answer_limit(prompt, self.max_new_tokens, self.max_total_tokens)
 
 
 def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0, 1)):
-    """n answers per prompt as text, with their mean length in tokens: (B lists of n strings, float).
+    """n answers per prompt as text, without what a model thought first, and their mean length in tokens, with it:
+    (B lists of n strings, float).
 
     Every prompt's random stream is tied to its place in the list.
     shard = (rank, ranks): prompts are shared out and gathered.
@@ -54,7 +55,8 @@ def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0,
                                temperature=0 if greedy else sampling.temperature, top_p=sampling.top_p,
                                stop_ids=chat.stop_ids, seeds=[seed + b for b in mine],
                                max_rows=sampling.max_rows, desc=desc)
-    rows = [([chat.decode(t) for t in group], sum(map(len, group)) / len(group)) for group in samples.tokens]
+    rows = [([without_thinking(chat.decode(t)) for t in group], sum(map(len, group)) / len(group))
+            for group in samples.tokens]
     rows = run.gather(rows, len(ids))
     return [texts for texts, _ in rows], sum(length for _, length in rows) / len(rows)
 
@@ -122,8 +124,9 @@ def _figures(judge, prompts, ours, opponent, suffix):
 
 
 def exact(judge, prompts, answers):
-    """Share of answers that the oracle marks right; None where the judge is no oracle."""
-    if judge.name != "oracle":
+    """Share of answers with the full mark 1; None where the judge's marks do not lie between 0 and 1, as an oracle's, a
+    verifier's or a bounded function's do."""
+    if getattr(judge, "bounds", None) != (0, 1):
         return None
     return float((judge.reward(prompts, answers) == 1).float().mean())
 
@@ -135,10 +138,10 @@ class Scoreboard:
     prompts: {name: (texts, their ids)}; "test" is what the table is played on.
     """
 
-    def __init__(self, r, chat, judge, prompts, sampling, seed, shard=(0, 1)):
-        self.chat, self.judge, self.prompts, self.sampling = chat, judge, prompts, sampling
+    def __init__(self, record, chat, judge, prompts, sampling, seed, shard=(0, 1)):
+        self.record, self.chat, self.judge, self.prompts, self.sampling = record, chat, judge, prompts, sampling
         self.seed, self.shard = seed, shard
-        self.rows_file, self.base_file = r.path("state", "evaluations.json"), r.path("state", "base_side.json")
+        self.rows_file, self.base_file = (record.path("state", name) for name in ("evaluations.json", "base_side.json"))
         self.rows = run.read_json(self.rows_file)["evaluations"] if os.path.exists(self.rows_file) else []
         known = run.read_json(self.base_file) if os.path.exists(self.base_file) else {}
         self.base = {name: Opponent(**answers) for name, answers in known.items()}
@@ -165,6 +168,7 @@ class Scoreboard:
         greedy = [] if self.rows else [base_greedy_row(row, self.judge, texts, self.base["test"])]
         row |= more()
         self.rows += [row, *greedy]
+        self.record.track_evaluation(row)
         if self.shard[0] == 0:
             run.write_json(self.rows_file, {"evaluations": self.rows})
         return row
@@ -228,6 +232,36 @@ def table(rows):
             cells.append(f"{'-' if row.get(key) is None else form.format(row[key]):>{size}s}")
         lines.append(f"{row['name']:{width}s} " + " ".join(cells))
     return "\n".join(lines)
+
+
+def query_metrics(queries, spoken):
+    """What a Challenger's queries are like: share of distinct ones, of empty ones, and where the parser of an embedded
+    world `spoken` knows it, the share malformed and the mean number of operations of the others."""
+    metrics = {"distinct": len(set(queries)) / len(queries), "empty": sum(not q for q in queries) / len(queries)}
+    if spoken:
+        parsed = [spoken.parse(q) for q in queries]
+        good = [p for p in parsed if p]
+        metrics |= {"malformed": 1 - len(good) / len(parsed), "ops": sum(len(p[0]) for p in good) / max(1, len(good))}
+    return metrics
+
+
+def base_accuracy(queries, spoken, base, chat, seed):
+    """How many of the well-formed queries the INITIAL model answers exactly, sampled once: whether a Challenger asks
+    harder things than it did. None where no query is well-formed."""
+    good = [q for q in queries if spoken.parse(q)]
+    return world.accuracy(spoken, base, chat.tokenizer, good, 1, seed) if good else None
+
+
+def queries_over_time(path, times=6, each=3):
+    """Some of the run's queries, from its samples.jsonl: text, a line for each of `times` steps."""
+    rows = {}
+    with open(path) as file:
+        for row in map(json.loads, file):
+            rows.setdefault(row["step"], []).append(row["query"])
+    steps = list(rows)
+    shown = [steps[round(i * (len(steps) - 1) / (times - 1))] for i in range(times)] if len(steps) > times else steps
+    return "queries over time:\n" + "\n".join(
+        f"  step {step:5d}  " + "  |  ".join(repr(q)[1:-1][:60] for q in rows[step][:each]) for step in shown)
 
 
 COLUMNS = {  # of the table over several runs: heading -> key of summary.json's evaluations, digits

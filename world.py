@@ -190,15 +190,19 @@ class World:
                 found[query] = None
         return list(found)
 
-    def divide(self, count, size, validation, test, seed):
+    def divide(self, count, size, validation, test, seed, before=()):
         """(validation queries, test queries, [part 1, ..., part `count`] of `size` training queries each): disjoint
-        lists. Held-out queries do not depend on the seed. Raises ValueError where there are not enough."""
+        lists. Held-out queries do not depend on the seed. before: the counts of the sessions that a run has had, whose
+        parts come first. Raises ValueError where there are not enough."""
         if count * size > 10**6:
             raise ValueError(f"--iterations {count} of --prompts-per-iteration {size}: an embedded world has a million "
                              "queries to train on; lower one")
         # queries() never repeats itself, so short ones run out and later ones are harder: shuffled, parts are alike
-        train = run.shuffled(self.queries("train", count * size, seed), seed, "training prompts")
-        parts = [train[t * size:(t + 1) * size] for t in range(count)]
+        parts = []
+        for length in (*before, count):
+            more = self.queries("train", length * size, seed)[len(parts) * size:]
+            more = run.shuffled(more, seed, "training prompts")
+            parts += [more[i:i + size] for i in range(0, len(more), size)]
         return self.queries("validation", validation), self.queries("test", test), parts
 
     # -- the corpus: what the base learns from --

@@ -19,7 +19,7 @@ import prefmodel
 import run
 import sppo
 import world
-from chat import load_checkpoint, read_prompts, shortened
+from chat import extract_query, load_checkpoint, read_prompts, shortened
 from conftest import ROOT, Killed
 from run import UserError
 from test_prefmodel import decoder_checkpoint
@@ -83,10 +83,10 @@ def test_std_normalise():
 
 def test_normalise():
     lengths = [2, 4, 6]
-    assert lsp.token_weights(lengths, "none", 10).tolist() == [1, 1, 1]
-    torch.testing.assert_close(lsp.token_weights(lengths, "sequence", 10), torch.tensor([1 / 2, 1 / 4, 1 / 6]))
-    torch.testing.assert_close(lsp.token_weights(lengths, "token", 10), torch.tensor([1 / 4] * 3))
-    torch.testing.assert_close(lsp.token_weights(lengths, "constant", 10), torch.tensor([1 / 10] * 3))
+    assert kernels.token_weights(lengths, "none", 10).tolist() == [1, 1, 1]
+    torch.testing.assert_close(kernels.token_weights(lengths, "sequence", 10), torch.tensor([1 / 2, 1 / 4, 1 / 6]))
+    torch.testing.assert_close(kernels.token_weights(lengths, "token", 10), torch.tensor([1 / 4] * 3))
+    torch.testing.assert_close(kernels.token_weights(lengths, "constant", 10), torch.tensor([1 / 10] * 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_expected_gradient_of_the_kl_terms(kl, exact, policies):
     """E_{y ~ pi}[c(y) grad log pi(y)] over all sequences, against the gradient of the divergence itself."""
     theta, log_ref = policies
     log_pi = sequences(theta)
-    c = lsp.loss_coefficient(torch.zeros(9, dtype=torch.float64), (log_pi - log_ref).detach(), 0.3, kl)
+    c = kernels.loss_coefficient(torch.zeros(9, dtype=torch.float64), (log_pi - log_ref).detach(), 0.3, kl)
     got = gradient((log_pi.exp().detach() * c * log_pi).sum(), theta)
     want = 0.3 * gradient(exact(sequences(theta), log_ref), theta)
     torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
@@ -131,7 +131,7 @@ def test_expected_gradient_of_the_whole_loss(policies):
     theta, log_ref = policies
     A = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     log_pi = sequences(theta)
-    c = lsp.loss_coefficient(A, (log_pi - log_ref).detach(), 0.3, "reward")
+    c = kernels.loss_coefficient(A, (log_pi - log_ref).detach(), 0.3, "reward")
     got = gradient((log_pi.exp().detach() * c * log_pi).sum(), theta)
     log_pi = sequences(theta)
     want = gradient(-(log_pi.exp() * (A - 0.3 * (log_pi - log_ref))).sum(), theta)
@@ -174,8 +174,10 @@ def test_loss_and_gradient_by_hand(mode, normalise, micro_batch, base):
     game = lsp.play(net, chat, s, 0, challenge, data)
     generator = torch.Generator().manual_seed(3)
     A_sol, A_ch = torch.randn(6, 3, generator=generator), torch.randn(6, generator=generator)
-    ratio_sol = lsp.reference_ratios(ref, game.prompts, game.answer_ids, game.logp, s, (0, 1))
-    ratio_ch = lsp.reference_ratios(ref, [challenge], [game.query_ids], game.logp_q, s, (0, 1)) if challenge else None
+    ratio_sol = lsp.reference_ratios(ref, game.prompts, game.answer_ids, game.token_logp, s, (0, 1))
+    ratio_ch = None
+    if challenge:
+        ratio_ch = lsp.reference_ratios(ref, [challenge], [game.query_ids], game.token_logp_q, s, (0, 1))
     keep = Keep(net)
     assert lsp.gradient_step(net, keep, game, A_sol, A_ch, ratio_sol, ratio_ch, challenge, s, 0.1) == 1.0
 
@@ -199,7 +201,7 @@ def test_loss_and_gradient_by_hand(mode, normalise, micro_batch, base):
     loss.backward()
     for got, p in zip(keep.grads, net.parameters()):
         torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()))
-    assert ratio_sol.abs().mean() > 1e-3
+    assert ratio_sol[0].abs().mean() > 1e-3
 
 
 def test_policy_loss_is_linear_logprob_in_one_pass():
@@ -309,14 +311,14 @@ def test_a_long_answer_is_cut_to_leave_room_for_the_verdict(natural):
     judge = self_reward(net, chat, settle(**REAL))
     ids = judge.encode("Name a prime.", "seven " * 3000)
     assert len(ids) <= chat.context - REAL["max_verdict_tokens"]
-    assert chat.tokenizer.decode(ids).count("seven") > 50 and "<Score>4</Score>" in chat.tokenizer.decode(ids)
+    assert chat.tokenizer.decode(ids).count("seven") > 50 and "<Score>total</Score>" in chat.tokenizer.decode(ids)
 
 
 def test_a_long_query_is_cut_too(natural):
     net, chat = natural
     judge = self_reward(net, chat, settle(**REAL))
     ids = judge.encode("why " * 4000, "seven " * 3000)
-    assert len(ids) <= chat.context - REAL["max_verdict_tokens"] and "<Score>4</Score>" in chat.tokenizer.decode(ids)
+    assert len(ids) <= chat.context - REAL["max_verdict_tokens"] and "<Score>total</Score>" in chat.tokenizer.decode(ids)
 
 
 def test_a_query_longer_than_the_reward_model_reads(llama, llama3, tmp_path):
@@ -367,13 +369,13 @@ def test_a_rubric_without_its_placeholders(natural):
     ("[Start Generation] a [Start Generation] b", "b"), ("Why? [End Gen", "Why?"), ("", ""),
     ("[Start Generation][End Generation]", ""), ("a[0] = 1", "a[0] = 1")])
 def test_extract_query(text, want):
-    assert lsp.extract_query(text) == want
+    assert extract_query(text) == want
 
 
 def test_initial_queries_fit_and_are_not_blank(natural, monkeypatch):
     """Prompts of the table out of the initial model: those too long to be answered, empty or blank are left out."""
     net, chat = natural
-    texts = iter([" <|eot_id|> ", "Why?", "why " * 2000, "", "Why?", "Name a prime."] * 2)
+    texts = iter(["", "Why?", "why " * 2000, "", "Why?", "Name a prime."] * 2)
     monkeypatch.setattr(lsp, "extract_query", lambda text: next(texts))
     s = settle(**REAL | dict(max_new_tokens=3500, test_prompts=6))
     assert lsp.initial_queries(net, chat, s, chat.encode("Ask."), (0, 1)) == ["Why?", "Name a prime."]
@@ -467,7 +469,7 @@ def test_a_long_prompt_of_the_table_costs_nothing(base):
     long = "p.txt"
     open(long, "w").write("reverse:abc\n" + "sort then " * 3 + "sort:abcdefgh\n")
     before = sorted(os.listdir("out"))
-    with pytest.raises(UserError, match="has more than the 13 tokens"):
+    with pytest.raises(UserError, match="only 13 are allowed"):
         lsp.main(argv(model=base, out="out", overwrite=True, eval_prompts=long, **SMALL | dict(max_new_tokens=115)))
     assert sorted(os.listdir("out")) == before
 

@@ -23,8 +23,9 @@ import run
 import sppo
 import winrate
 import world
-from chat import Chat, answer_texts, load_checkpoint, read_prompts, read_sources, read_table, readable_row
-from conftest import PROMPTS, ROOT, Killed
+from chat import (Chat, answer_texts, encode_prompts, load_checkpoint, read_prompts, read_sources, read_table,
+                  readable_row)
+from conftest import PROMPTS, ROOT, Killed, is_png
 from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -240,7 +241,7 @@ def test_long_prompts_are_left_out_and_counted(llama3, capsys):
     assert kept == [p for p in PROMPTS if lengths[p] <= limit]
     gone = sum(n > limit for n in lengths.values())
     assert f"left out {gone} of 40 prompts: longer than {limit} tokens" in capsys.readouterr().out and gone > 0
-    sppo.encode(chat, kept, s)
+    encode_prompts(kept, chat, s)
     sppo.without_long_prompts(kept, chat, s, 0)
     assert capsys.readouterr().out == ""
 
@@ -773,7 +774,10 @@ def contents(out):
 def check_resume(place, base, finished, capsys):
     flags = argv(model=base, out="killed", **SMALL)
     killed(place, flags)
-    assert not os.path.exists("killed/summary.json")
+    if place != "start":                        # what was evaluated can be read and plotted already
+        rows = json.load(open("killed/summary.json"))["evaluations"]
+        assert rows == json.load(open(f"{finished}/summary.json"))["evaluations"][:len(rows)]
+        assert 2 <= len(rows) < 2 + SMALL["iterations"] and is_png("killed/curves.png")
     sppo.main([*flags, "--resume"])
     assert ("starting afresh" in capsys.readouterr().out) == (place == "start")
     got, want = contents("killed"), contents(finished)
