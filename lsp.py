@@ -533,16 +533,16 @@ def step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args):
     return metrics
 
 
-def line(step, metrics, args):
+def line(step, m, args):
     """A step's printed line."""
-    text = (f"step {step}/{args.steps}: reward {metrics['reward']:.3f}, KL of the Solver {metrics['kl_solver']:+.2f}")
-    if "kl_challenger" in metrics:
-        text += f", of the Challenger {metrics['kl_challenger']:+.2f}; queries: "
-        if "malformed" in metrics:
-            text += f"malformed {metrics['malformed']:.1%}, {metrics['ops']:.2f} operations, "
-        text += f"{metrics['query_tokens']:.0f} tokens, {metrics['distinct']:.0%} distinct, {metrics['cut_queries']:.0%} cut"
-    if "self_reward" in metrics:
-        text += f"; self-reward {metrics['self_reward']:.2f}, {metrics['unread_verdicts']:.0%} of verdicts unread"
+    text = (f"step {step}/{args.steps}: reward {m['reward']:.3f}, KL of the Solver {m['kl_solver']:+.2f}")
+    if "kl_challenger" in m:
+        text += f", of the Challenger {m['kl_challenger']:+.2f}; queries: "
+        if "malformed" in m:
+            text += f"malformed {m['malformed']:.1%}, {m['ops']:.2f} operations, "
+        text += f"{m['query_tokens']:.0f} tokens, {m['cut_queries']:.0%} cut, {m['distinct']:.0%} distinct"
+    if "self_reward" in m:
+        text += f"; self-reward {m['self_reward']:.2f}, {m['unread_verdicts']:.0%} of verdicts unread"
     return text
 
 
@@ -684,7 +684,7 @@ def check_mode(args):
         raise run.UserError(f"--reward {args.reward} knows the answers to --prompts alone, not to what a Challenger "
                             "asks; give --mode grpo")
     if args.challenger_reward == "frontier" and args.reward.startswith("reward:"):
-        raise run.UserError("--challenger-reward frontier is for rewards in [0, 1]; give a reward model spread or value")
+        raise run.UserError("--challenger-reward frontier is for rewards in [0, 1]; give spread or value")
 
 
 def check_reward(judge, args):

@@ -439,10 +439,10 @@ def _open_reward(path, dtype):
 TAGS = re.compile(r"<(\s*/?\s*(?:score|calculation|instruction|response(?:\s+[ab])?)\s*)>", re.IGNORECASE)
 
 
-def _quoted(chat, text):
-    """A text as a judge may be shown it: it can neither pose as another turn nor bring tags of the rubrics, which would
-    be there to be copied, or would end what they enclose."""
-    return TAGS.sub(r"(\1)", chat.plain(text))
+def _quoted(text):
+    """A text as a judge may be shown it: without tags of the rubrics, which would be there to be copied, or would end
+    what they enclose. (That it poses as no turn is Template's care.)"""
+    return TAGS.sub(r"(\1)", text)
 
 
 def _closing(chat):
@@ -542,8 +542,8 @@ class ModelJudge:
         return self._ids(prompt, a[:length], b[:length])
 
     def _ids(self, prompt, a, b):
-        prompt, a, b = (_quoted(self.chat, text) for text in (prompt, a, b))
-        return self.chat.encode(fill(PAIR_PROMPT, prompt=prompt, a=a, b=b)) + self.closing
+        filled = fill(PAIR_PROMPT, prompt=_quoted(prompt), a=_quoted(a), b=_quoted(b))
+        return self.chat.encode(filled) + self.closing
 
     @torch.no_grad()
     def _score(self, rows):
@@ -623,10 +623,8 @@ class SelfReward:
 
     def encode(self, query, answer):
         """The judge's prompt as ids. Neither text can pose as another turn, or bring tags of its own."""
-        query, answer = _quoted(self.chat, query), _quoted(self.chat, answer)
-
         def ids(query, answer):
-            return self.chat.encode(fill(self.rubric, query=query, answer=answer))
+            return self.chat.encode(fill(self.rubric, query=_quoted(query), answer=_quoted(answer)))
         query = shortened(query, lambda q: len(ids(q, "")) <= self.room)
         return ids(query, shortened(answer, lambda a: len(ids(query, a)) <= self.room))
 
