@@ -34,10 +34,9 @@ from chat import load_checkpoint, read_prompts, read_rows
 @dataclasses.dataclass
 class ContestSettings:
     """Flags of the commands that let checkpoints play."""
-    prompts: str = run.flag("", "prompts file (.jsonl, .json, .txt); without it the queries of the judge's embedded "
-                                "world")
-    judge: str = run.flag("oracle", "who judges: oracle, oracle:WORLD or styles (embedded worlds), "
-                                    "pairrm:DIR_OR_HUB_ID or reward:DIR_OR_HUB_ID")
+    prompts: str = run.flag("", "prompts file or hub data set, as in sppo.py; without it the queries of the judge's "
+                                "embedded world")
+    judge: str = run.flag("oracle", "who judges: oracle, oracle:WORLD or styles (embedded worlds), " + prefmodel.KINDS)
     estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
     part: str = run.flag("test", "the embedded world's queries to play on; validation is where settings are picked",
                          ("test", "validation"))
@@ -46,6 +45,8 @@ class ContestSettings:
     temperature: float = run.flag(1.0, "sampling temperature of all sides; 0 is greedy", at_least=0)
     top_p: float = run.flag(1.0, "nucleus of all sides; 1 keeps every token", above=0, at_most=1)
     max_rows: int = run.flag(256, "answers sampled at once", at_least=1)
+    template_option: str = run.flag("", "name=value[,name=value] for the checkpoints' chat templates "
+                                        "[enable_thinking=false where they know the name]")
     seed: int = run.flag(0, "seed of all sampling")
     device: str = run.flag("auto", "cuda, mps or cpu")
     dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
@@ -55,6 +56,7 @@ class ContestSettings:
 @dataclasses.dataclass
 class WinrateSettings(ContestSettings):
     """Flags of `python eval.py winrate`."""
+    COMMAND = "eval.py winrate"
     model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)", needed=True)
     vs: str = run.flag("", "the checkpoint it plays against (needed)", needed=True)
 
@@ -62,6 +64,7 @@ class WinrateSettings(ContestSettings):
 @dataclasses.dataclass
 class CrossplaySettings(ContestSettings):
     """Flags of `python eval.py crossplay`."""
+    COMMAND = "eval.py crossplay CKPT CKPT ..."
     out: str = run.flag("out/crossplay", "directory for crossplay.json and crossplay.png; the same command goes on "
                                          "where it was interrupted")
 
@@ -78,14 +81,15 @@ def contest(args):
     else:
         prompts = (spoken or world.OPERATIONS).queries(args.part, args.count)
     winrate.check_world_prompts(args.judge, prompts)
-    judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype))
+    judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype),
+                           args.template_option)
     longest = args.max_new_tokens or (24 if spoken else 1024)
     return prompts, judge, winrate.Sampling(longest, args.temperature, args.top_p, args.max_rows)
 
 
 def contestant(path, args, prompts, sampling, flag="--model (or --vs)"):
     """(network, Chat, ids of the prompts) of one checkpoint in a contest; it must speak the judge's language."""
-    net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype))
+    net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype), args.template_option)
     spoken = prefmodel.world_of(args.judge)
     if spoken:
         winrate.check_speaks_world(path, net, chat, spoken, flag)

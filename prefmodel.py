@@ -50,6 +50,11 @@ from pairrm import ESTIMATORS, PairRM, batches_by_length, bradley_terry, pairwis
 from run import UserError, gather, progress, stream
 
 
+# What --judge may name besides the embedded worlds' own, for the help texts
+KINDS = ("pairrm:DIR_OR_HUB_ID; reward:DIR_OR_HUB_ID (then sigmoid(r - r'), transitive); model:DIR_OR_HUB_ID, a "
+         "language model; verify:gsm8k or verify:math; python:FILE.py:FUNCTION")
+
+
 def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32, options=""):
     """The judge that --judge names, one of those above; PATH is a directory or a hub id.
 
@@ -63,8 +68,8 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32, options=
     if estimator != "pairwise" and kind != "pairrm":
         raise UserError(f"--estimator {estimator} is for PairRM's logits, and {spec} has none; give --estimator "
                         "pairwise")
-    if world_of(spec):
-        return WORLD_JUDGES[kind](world_of(spec))
+    if kind in WORLD_JUDGES and (not path or path in world.WORLDS):
+        return WORLD_JUDGES[kind](world.WORLDS[path or "operations"])
     if kind == "pairrm" and path:
         return PairRM(path, estimator, device, dtype)
     if kind == "reward" and path:
@@ -73,9 +78,7 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32, options=
         return ModelJudge(path, device, dtype, options)
     if kind in ("python", "verify"):
         return function_judge(spec)
-    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)}, pairrm:PATH, reward:PATH or "
-                    "model:PATH, PATH being a directory or a hub id such as llm-blender/PairRM, verify:gsm8k, "
-                    "verify:math, or python:FILE.py:FUNCTION")
+    raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)}, or one of {KINDS}")
 
 
 def world_of(spec):

@@ -30,7 +30,10 @@ Deviations from the paper, each with its reason:
     18 and keeps the first one's result, still warming up, at .56 of the peak rate
   - optimizer state starts afresh in each iteration, and pi_{t+1} is what its checkpoint holds: in bfloat16 the float32
     masters end with the iteration, as in the official code, whose iterations are separate runs
-  - IPO's margin is 1/(2 beta), as in its own paper (arXiv 2310.12036) and in TRL; SPPO's (4.14) has 1/beta
+  - IPO's margin is 1/(2 beta), as in its own paper (arXiv 2310.12036) and in TRL; SPPO's (4.14) has 1/beta. Its
+    log-ratios are sums over tokens, as in that paper and the official code; TRL 1.16 takes means, so that its beta 0.1
+    is another
+  - the learning rate is one step ahead of Hugging Face's linear schedule, whose first step has rate 0
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
@@ -42,7 +45,8 @@ Deviations from the official code (--preset takes its settings):
     assistant's header is no part of the answer, there is one BOS and one end of turn, and a cut answer gets no end
   - answers have up to 1,024 tokens; the code samples 2,048 and cuts prompt and answer together to 1,024. With --preset
     sampling stops there
-  - an over-long prompt is refused or, with --drop-long-prompts (in the presets), left out and counted, not truncated
+  - an over-long prompt is refused or, with --drop-long-prompts (in the presets), left out and counted, not truncated:
+    beyond 512 tokens only where prompt and longest answer exceed the total, as the official code keeps the others whole
   - validation and test prompts never train; the code's "test" rows are drawn from its training data
 
     python sppo.py                                  # the embedded world, minutes on a CPU
@@ -86,8 +90,9 @@ PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e
 LOSSES = tuple(PAPER_LOSS)
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
-# --schedule-epochs 18 --temperature 1 --top-p 1. The official code truncates prompts to 512 tokens and the whole to
-# 1,024, which loses the end token. Here longer prompts are dropped and counted, and sampling stops at 1,024 in all.
+# --schedule-epochs 18 --temperature 1 --top-p 1. Where prompt and answer exceed 1,024 tokens the official code cuts the
+# prompt to 512 and then the answer, which loses its end token. Here sampling stops at 1,024 in all, and a prompt beyond
+# 512 is dropped, and counted, where an answer that enters the loss was cut by that.
 RELEASED = dict(
     judge="pairrm:llm-blender/PairRM", estimator="aggregate",
     prompts=",".join(f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{t}" for t in (1, 2, 3)), iterations=3,
@@ -97,6 +102,7 @@ RELEASED = dict(
 PRESETS = {
     "mistral-7b": RELEASED | dict(model="mistralai/Mistral-7B-Instruct-v0.2"),
     "llama-3-8b": RELEASED | dict(model="meta-llama/Meta-Llama-3-8B-Instruct"),
+    "gemma-2-9b": RELEASED | dict(model="google/gemma-2-9b-it"),
 }
 
 
@@ -110,16 +116,17 @@ class Settings(run.CommonSettings):
         "intransitive (three styles, each beaten by another) [operations, unless --prompts, --preset or --table]",
         tuple(world.WORLDS))
     model: str = flag("",
-        "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3, gemma2); without it the embedded "
-        "world's base")
+        "pi_1: a checkpoint directory or hub id (llama, mistral, qwen2, qwen3, gemma2, olmo2, phi3, smollm3); without "
+        "it the embedded world's base")
     judge: str = flag("", "P(y > y' | x): oracle, oracle:WORLD or styles (the embedded worlds' own), "
-        "pairrm:DIR_OR_HUB_ID, or reward:DIR_OR_HUB_ID (then sigmoid(r - r'), transitive)")
+                          + prefmodel.KINDS)
     estimator: str = flag("pairwise",
         "PairRM's logits to P: pairwise = sigmoid((M_ij - M_ji)/2); "
         "aggregate = the official code's, which loses cycles", ("pairwise", "aggregate"))
     prompts: str = flag("",
-        "prompts file: .jsonl/.json with prompt, instruction (+ input) or messages; .txt with one a line; or a hub "
-        "data set's id (needs the package datasets); or several with commas between, one for each iteration")
+        "prompts file: .jsonl, .json or .parquet with prompt, instruction (+ input), messages or conversations; .txt "
+        "with one a line; or a hub data set, owner/name, owner/name:split or owner/name/config:split (needs "
+        "`datasets`); or several with commas between, one for each iteration")
     iterations: int | None = flag(None,
         "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3)", at_least=1)
     prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration; 0 = all there are", at_least=0)
@@ -150,9 +157,12 @@ class Settings(run.CommonSettings):
     top_p: float = flag(1.0, "nucleus of sampling, in (0, 1] (section 5.1: 1)", above=0, at_most=1)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
     max_prompt_tokens: int | None = flag(None,
-        "longest prompt in tokens, template included; 0 = whatever the context allows", at_least=0)
+        "longest prompt in tokens, template included; 0 = whatever the context allows (see --drop-long-prompts)",
+        at_least=0)
     max_total_tokens: int = flag(0, "most tokens of prompt and answer together; 0 = no such bound", at_least=0)
-    drop_long_prompts: bool = flag(False, "leave out prompts that are too long, and say how many, instead of refusing")
+    drop_long_prompts: bool = flag(False,
+        "leave out prompts that are too long, and say how many, instead of refusing; with --max-total-tokens a prompt "
+        "beyond --max-prompt-tokens goes only where an answer that enters the loss is cut by that total")
     chunk: int | None = flag(None,
         "prompts between two writes while answers are sampled or judged: what an interruption costs at most",
         at_least=1)
