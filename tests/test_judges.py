@@ -34,7 +34,7 @@ def test_every_kind_of_judge_is_named():
     for spec in ("gpt", "model", "model:", "python", "verify:"):
         message = complaint(prefmodel.load, spec)
         assert "python:FILE.py:FUNCTION" in message and "verify:gsm8k" in message
-    for kind in ("oracle, styles", "pairrm:PATH", "reward:PATH", "model:PATH", "verify:gsm8k", "verify:math",
+    for kind in ("oracle, styles", "pairrm:DIR", "reward:DIR", "model:DIR", "verify:gsm8k", "verify:math",
                  "python:FILE.py:FUNCTION"):
         assert kind in complaint(prefmodel.load, "gpt")
 

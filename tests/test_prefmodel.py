@@ -463,7 +463,7 @@ def complaint(spec, **options):
 
 def test_unknown_judges(hf):
     for spec in ("gpt", "", "pairrm", "pairrm:", "reward", "reward:", "oracle:x"):
-        assert all(word in complaint(spec) for word in ("--judge", "pairrm:PATH", "reward:PATH", "oracle, styles"))
+        assert all(word in complaint(spec) for word in ("--judge", "pairrm:DIR", "reward:DIR", "oracle, styles"))
     assert "pairwise, aggregate" in complaint("oracle", estimator="mean")
 
 
