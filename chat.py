@@ -50,7 +50,7 @@ class Prompt(str):
     def __new__(cls, turns, row=None):
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [_turn(turn) for turn in turns]
         roles = [turn["role"] for turn in turns]
-        if roles[-1:] != ["user"] or "system" in roles[1:] or not turns[-1]["content"].strip():
+        if roles[-1:] != ["user"] or "system" in roles[1:]:
             raise ValueError("a conversation needs a user's turn at its end, and a system turn at its beginning alone")
         text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
         self = super().__new__(cls, turns[0]["content"] if len(turns) == 1 else text)
@@ -190,7 +190,7 @@ def prompt_of(row, flag, path, where):
         if isinstance(turns, list):             # what was answered already is no part of the question
             roles = [_turn(turn)["role"] for turn in turns]
             turns = turns[:len(roles) - roles[::-1].index("user")] if "user" in roles else turns
-        if turns:
+        if turns and turns_of(Prompt(turns))[-1]["content"].strip():
             beside = {name: value for name, value in row.items() if name not in used and isinstance(value, PLAIN)}
             return Prompt(turns, beside)
     except ValueError as error:
@@ -550,8 +550,9 @@ class Template:
         under. The template writes the BOS, so none is added."""
         turns = [{"role": turn["role"], "content": self.plain(turn["content"])} for turn in turns]
         if turns[0]["role"] == "system" and not self.has_system:
-            first, second, *rest = turns
-            turns = [{"role": "user", "content": f"{first['content']}\n\n{second['content']}"}, *rest]
+            system, *turns = turns
+            first = next(turn for turn in turns if turn["role"] == "user")
+            first["content"] = f"{system['content']}\n\n{first['content']}"
         return self._written(turns, header, tokenizer_kwargs={"verbose": False})
 
     def _written(self, turns, header=True, **how):

@@ -44,7 +44,7 @@ import model
 import pairrm
 import rollout
 import world
-from chat import Template, breaker, fill, load_checkpoint, read_template, shortened, turns_of, without_thinking
+from chat import Prompt, Template, breaker, fill, load_checkpoint, read_template, shortened, turns_of, without_thinking
 from model import fetch
 from pairrm import ESTIMATORS, PairRM, batches_by_length, bradley_terry, pairwise_preference, rectangle
 from run import UserError, gather, progress, stream
@@ -160,9 +160,10 @@ def _asker(judge, bounds=None):
     known, bounds = {}, bounds or judge.bounds
 
     def ask(prompt, *answers):
-        key = (prompt, repr(getattr(prompt, "__dict__", None)), answers)
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        key = (prompt, repr(vars(prompt)), answers)
         if key not in known:
-            known[key] = _number(judge, bounds, prompt, *answers, getattr(prompt, "row", {}))
+            known[key] = _number(judge, bounds, prompt, *answers, prompt.row)
         return known[key]
     return ask
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: on tensors this small a second thread only waits
@@ -169,6 +170,19 @@ def llama3(tmp_path_factory):
     net.generation_config.eos_token_id = [1, 4]
     net.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, llama3):
+    """The random Llama 3 with room for the rubric, and a reward model that reads the same text."""
+    from test_prefmodel import decoder_checkpoint
+
+    directory = tmp_path_factory.mktemp("real")
+    shutil.copytree(llama3, directory / "model")
+    config = json.loads((directory / "model/config.json").read_text())
+    (directory / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    decoder_checkpoint(directory / "reward", llama3, max_position_embeddings=4096)
+    return str(directory)
 
 
 @pytest.fixture(scope="session")

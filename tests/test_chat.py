@@ -59,7 +59,7 @@ def test_a_conversation_keeps_its_turns(row):
 @pytest.mark.parametrize("turns, says", [
     (TALK[:1], "user's turn at its end"), ([TALK[1], TALK[0], TALK[1]], "system turn at its beginning"),
     ([{"role": "tool", "content": "x"}, TALK[1]], "role 'tool'"), (["hi"], "no object with role"),
-    ([{"role": "user", "content": 3}], "role 'user'"), ([{"role": "user", "content": " "}], "user's turn at its end"),
+    ([{"role": "user", "content": 3}], "role 'user'"), ([{"role": "user", "content": " "}], "no prompt found"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "only texts")])
 def test_bad_conversations(turns, says):
     with pytest.raises(UserError) as error:

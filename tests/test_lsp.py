@@ -5,7 +5,6 @@ import dataclasses
 import doctest
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -509,17 +508,6 @@ def test_two_ranks_compute_what_one_does(mode, base):
 
 REAL = dict(reward="reward:r", queries=4, answers=2, steps=2, max_query_tokens=24, max_new_tokens=12,
             max_verdict_tokens=40, test_prompts=6, eval_every=2, print_every=1, device="cpu", lr=1e-3, warmup=0)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, llama3):
-    """The random Llama 3 with room for the rubric, and a reward model that reads the same text."""
-    directory = tmp_path_factory.mktemp("real")
-    shutil.copytree(llama3, directory / "model")
-    config = json.loads((directory / "model/config.json").read_text())
-    (directory / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    decoder_checkpoint(directory / "reward", llama3, max_position_embeddings=4096)
-    return str(directory)
 
 
 @pytest.fixture
