@@ -309,8 +309,8 @@ def table_of_runs(summaries):
 
 
 def exact_styles(summary):
-    """What the intransitive run would do without sampling and regression: the iterates of (4.1), [T, 3], from the run's
-    own start; None for a run without --all-responses, which does something else.
+    """What the intransitive run would do without sampling and regression: the iterates of (4.1), as many as were
+    evaluated, [T, 3], from the run's own start; None for a run without --all-responses, which does something else.
 
     eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
     Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2.
@@ -319,7 +319,8 @@ def exact_styles(summary):
     if not s["all_responses"]:
         return None
     eta = s["eta"] * (s["k"] - 1) / s["k"]
-    return games.multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], eta, s["iterations"])
+    T = max(1, len(played_styles(summary["evaluations"])) - 1)
+    return games.multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], eta, T)
 
 
 def played_styles(evaluations):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import games
+import plots
 import prefmodel
 import run
 import winrate
 import world
 from chat import load_checkpoint
-from conftest import ROW, SHARES, TRAINED, circle_summary
+from conftest import ROW, SHARES, TRAINED, circle_summary, is_png
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -144,3 +145,13 @@ def test_style_line_and_table():
     assert text[3].split()[-4:-1] == ["0.750", "0.175", "0.075"] and text[5].split()[-1] == "0.500"
     assert text[1].split()[-1] == f"{games.best_response(world.STYLES, SHARES[0]):.3f}"
     assert len(winrate.style_table(circle_summary("ipo")).splitlines()) == 5
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_run_of_the_circle_that_is_not_over(rows, tmp_path):
+    """The exact iterates are as many as were evaluated, so that the picture can be drawn after every one."""
+    summary = circle_summary()
+    summary["evaluations"], summary["settings"]["iterations"] = summary["evaluations"][:rows], 5
+    assert len(winrate.exact_styles(summary)) == max(1, len(winrate.played_styles(summary["evaluations"])) - 1)
+    plots.plot([("sppo", summary)], str(tmp_path / "curves.png"))
+    assert is_png(tmp_path / "curves.png")
