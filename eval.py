@@ -83,6 +83,7 @@ def contest(args):
     winrate.check_world_prompts(args.judge, prompts)
     judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype),
                            args.template_option)
+    prefmodel.check_references(judge, prompts)
     longest = args.max_new_tokens or (24 if spoken else 1024)
     return prompts, judge, winrate.Sampling(longest, args.temperature, args.top_p, args.max_rows)
 
@@ -207,7 +208,7 @@ def plot_command(argv):
     directories, runs = [word for word in argv if word != "--seconds"], []
     for name, summary in finished_runs("plot", directories, ("evaluations",)):
         log = os.path.join(name, "metrics.jsonl")
-        metrics = [row for _, row in read_rows("the log", log)] if os.path.exists(log) else []
+        metrics = [row for _, row in read_rows("the log", log)] if os.path.exists(log) and os.path.getsize(log) else []
         runs.append((os.path.basename(os.path.normpath(name)), summary | {"metrics": metrics}))
     path = os.path.join(directories[0], "curves.png") if len(directories) == 1 else "curves.png"
     plots.plot(runs, path, against="seconds" if "--seconds" in argv else "steps")

@@ -47,7 +47,6 @@ Deviations from the paper, each with its reason:
     python lsp.py                                          # the embedded world, minutes on a CPU
     python lsp.py --mode grpo --out out/grpo               # then LSP from there: --init out/grpo
     python lsp.py --preset paper                           # Llama-3.2-3B-Instruct, Skywork-Reward-V2; no prompts
-    python lsp.py --preset paper --mode grpo --prompts alpaca.jsonl --out out/real-grpo
     torchrun --nproc_per_node=8 lsp.py ...
 """
 
@@ -225,7 +224,7 @@ def main(argv):
 
         # -- print: every figure is in metrics.jsonl; some queries go to samples.jsonl, where nonsense is seen first ---
         if (step + 1) % args.print_every == 0:
-            record.say(line(step + 1, metrics, args))
+            record.say(line(step + 1, args.steps, metrics))
             write_samples(step + 1, game, R, R_Q, record, args)
         # -- evaluate, save -------------------------------------------------------------------------------------------
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
@@ -255,11 +254,7 @@ class Query:
 
 
 class Game:
-    """One step's play, whole on every rank: N queries with G answers each, a list or tensor for every quantity.
-
-    Nothing is thrown away: an empty or a cut query is played as it is, and counted. Only the self-reward counts against
-    it.
-    """
+    """One step's play, whole on every rank: N queries with G answers each, a list or tensor for every quantity."""
 
     def __init__(self, plays):
         self.queries = [play.text for play in plays]                            # N texts
@@ -533,9 +528,9 @@ def step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args):
     return metrics
 
 
-def line(step, m, args):
-    """A step's printed line."""
-    text = (f"step {step}/{args.steps}: reward {m['reward']:.3f}, KL of the Solver {m['kl_solver']:+.2f}")
+def line(step, steps, m):
+    """A step's printed line, from its metrics m."""
+    text = f"step {step}/{steps}: reward {m['reward']:.3f}, {m['cut']:.0%} cut, KL of the Solver {m['kl_solver']:+.2f}"
     if "kl_challenger" in m:
         text += f", of the Challenger {m['kl_challenger']:+.2f}; queries: "
         if "malformed" in m:
@@ -603,7 +598,7 @@ def set_up(argv):
     job.ref = model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False)
     if job.data is None:
         job.challenge = job.chat.encode(asked)
-    check_room(job, test)
+    check_prompts(job, test)
     if args.mode == "lsp":
         job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
                                                args.max_verdict_tokens, args.max_rows, args.seed, bool(args.world))
@@ -625,14 +620,17 @@ def set_up(argv):
     return job
 
 
-def check_room(job, test):
-    """Raises UserError where the context holds no query, or not a prompt and its longest answer."""
+def check_prompts(job, test):
+    """Raises UserError where the context holds no query, or not a prompt and its longest answer; and for a prompt
+    without the right answer that a verifier needs."""
     args, chat = job.args, job.chat
     if job.challenge is not None and len(job.challenge) > chat.room(0, args.max_query_tokens):
         raise run.UserError(f"the Challenger's prompt has {len(job.challenge)} tokens, and --max-query-tokens "
                             f"{args.max_query_tokens} do not fit after it into the model's context of {chat.context}; "
                             "lower them, or give a shorter --challenger-prompt")
-    chat.encode_all(dict.fromkeys(sum(job.data or [], []) + (test or [])), 0, args.max_new_tokens)
+    prompts = [*dict.fromkeys(sum(job.data or [], []) + (test or []))]
+    chat.encode_all(prompts, 0, args.max_new_tokens)
+    prefmodel.check_references(job.judge, prompts)
     if chat.room(0, args.max_new_tokens) < len(chat.encode("")) + 1:
         raise run.UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a query in the model's context "
                             f"of {chat.context} tokens; lower it")

@@ -88,6 +88,12 @@ def world_of(spec):
     return world.WORLDS.get(name) if kind in WORLD_JUDGES else None
 
 
+def check_references(judge, prompts):
+    """Raises UserError for a prompt without the right answer that a verifier needs: before long work."""
+    if judge.name.startswith("verify:"):
+        judge.reward(prompts, [[""]] * len(prompts))
+
+
 def judge_of(name):
     """The judge of the embedded world `name`, as --judge would spell it. Raises UserError for an entry of the registry
     whose judge is at home in another world."""
@@ -173,6 +179,8 @@ def _number(judge, bounds, *inputs):
     code = getattr(judge.function, "__code__", None)
     try:
         value = judge.function(*inputs)
+    except UserError:                           # a verifier's own sentence
+        raise
     except Exception as error:                  # whatever a user's code raises
         raise UserError(f"{judge.name} {_failed(error, code and code.co_filename)}; mend it") from None
     place = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""

@@ -577,6 +577,8 @@ def set_up(argv):
                         "test": (test, encode_prompts(test, job.chat, args))}
         for part in job.parts:                              # refuse an over-long prompt now, not after an hour
             encode_prompts(part, job.chat, args)
+        if job.judge:
+            prefmodel.check_references(job.judge, sum(job.parts, validation + test))
     if args.stage == "train":
         check_training_rows(rows, args, job)
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
@@ -592,8 +594,9 @@ def set_up(argv):
     run.barrier()
     job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, answer_limits(args), args.seed, job.shard)
     what = (f"stage {args.stage} of iteration {args.iteration}; " if args.stage else
-            f"{job.base}, judge {job.judge.name}; {args.iterations} iterations of {len(job.parts[0])} prompts "
-            f"x K = {args.k}, " + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
+            f"{job.base}, judge {job.judge.name}; {args.iterations} iteration{'s' * (args.iterations > 1)} of "
+            f"{len(job.parts[0])} prompts x K = {args.k}, "
+            + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
     record.say(f"{args.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
                f"writing to {args.out}")
     if job.board.rows:
@@ -753,7 +756,7 @@ def sessions(began, args):
 def split_prompts(args, sources=None, began={}):
     """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world. A run
     that goes on with a larger --iterations keeps its held-out prompts, and gets further parts."""
-    size = args.prompts_per_iteration or began.get("size", 0)
+    size = args.prompts_per_iteration or (began.get("size", 0) if len(sources or ()) == 1 else 0)
     sizes = args.iterations, size, args.validation_prompts, args.test_prompts, args.seed
     try:
         if args.world:

@@ -342,8 +342,9 @@ def _reward(task, answer, row):
     if reference is None:
         holds = {"gsm8k": "a number (42, or a text that ends in #### 42)",
                  "math": "the right answer (or a column `solution` with it in \\boxed{})"}[task]
-        raise run.UserError(f"--reward verify:{task} needs a column `answer` with {holds} in every row of the prompts, "
-                            f"and one has {', '.join(map(str, row)) or 'no columns'} alone; add it")
+        has = f"only {', '.join(map(str, row))}" if row else "nothing but the prompt"
+        raise run.UserError(f"verify:{task} needs a column `answer` with {holds} in every row of the prompts, and one "
+                            f"has {has}; add it")
     return float(mark_answer(task, reference, answer).right)
 
 
