@@ -364,6 +364,8 @@ def _table_row(row, judged, all_responses):
     before = talks[0][:-1]                                  # the turns that an answer follows
     if "prompt" not in row or before and isinstance(row["prompt"], str) and before[-1]["content"] == row["prompt"]:
         row["prompt"] = before                              # some tables give the last of them alone as `prompt`
+    if not row["prompt"]:
+        raise KeyError("prompt")
     row["prompt"] = stored(asked(row))
     turns = turns_of(asked(row))
     for name in names:

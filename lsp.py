@@ -446,7 +446,8 @@ def evaluated(step, job):
             if not step:
                 job.board.draw_base(job.ref, "test")
             job.board.add(name, job.net if step else job.ref, more=lambda: figures_of(step, job))
-        summarised(job)
+        if step < job.args.steps:               # after the last one `finish` does it
+            summarised(job)
     record.say(winrate.table(job.board.rows))
 
 

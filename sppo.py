@@ -483,7 +483,8 @@ def evaluated(t, job):
     job.record.say(kept + (winrate.style_line(board.rows) if t and "styles" in row else winrate.table(board.rows)))
     if t or job.record.state is None:           # not over the state of a training that a stage began
         job.record.save_state(iteration=t + 1, step=0)
-    summarised(job)
+    if t < job.args.iterations:                 # after the last one `finish` does it
+        summarised(job)
 
 
 def summarised(job):

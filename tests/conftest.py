@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import sys
+import types
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: on tensors this small a second thread only waits
 
@@ -21,6 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+    config.addinivalue_line("markers", "pictures: draws the pictures of its runs (see quick_pictures)")
     config.addinivalue_line("markers", "house: this repository's rules of layout, not a fork's; runs only with --house")
 
 
@@ -80,6 +82,23 @@ LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}<|eot_id|>"
                    "{% endfor %}{% if add_generation_prompt %}"
                    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """A picture takes half a second, and a run draws several. Within a test's own process a run leaves an empty PNG
+    instead, unless the test is marked `pictures`; fixtures of a wider scope and other processes draw."""
+    if "pictures" in request.keywords:
+        return
+    for name in ("sppo", "lsp"):
+        if name in sys.modules:
+            quick = types.SimpleNamespace(plot=lambda runs, path: leave_png(path))
+            monkeypatch.setattr(sys.modules[name], "plots", quick)
+
+
+def leave_png(path):
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.fixture

@@ -579,7 +579,7 @@ def test_the_presets_settings():
     (dict(model="m", init="r"), "--model and --init"), (dict(mode="lsp-zero", self_reward="expected"), "--self-reward"),
     (dict(mode="grpo", challenger_reward="spread"), "--challenger-reward"),
     (dict(mode="grpo", alpha_ch=0.1), "--alpha-ch"),
-    (dict(prompts="p.txt"), "--mode grpo"), (dict(reward="pairrm:p"), "PairRM"), (dict(task="x"), "--task"),
+    (dict(prompts="p.txt"), "--mode grpo"), (dict(reward="pairrm:p"), "gives no rewards"), (dict(task="x"), "--task"),
     (dict(reward="reward:r"), "--model"), (dict(reward="reward:r", model="m", mode="grpo"), "--prompts"),
     (dict(reward="reward:r", model="m", challenger_reward="frontier"), "--challenger-reward frontier"),
     (dict(micro_batch=2, gradient_accumulation=2), "--gradient-accumulation"),

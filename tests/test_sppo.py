@@ -1157,6 +1157,7 @@ def circle(tmp_path_factory):
     return directory
 
 
+@pytest.mark.pictures
 def test_a_run_in_the_intransitive_world(circle, capsys):
     """Its summary says which styles are played; from there come the table, the picture and the exact iterates."""
     sppo.main(argv(model=circle, world="intransitive", out="out",
@@ -1285,6 +1286,7 @@ def complaint_of():
 # the real path
 
 
+@pytest.mark.pictures
 def test_a_real_checkpoint_a_real_judge_and_real_prompts(llama3, pairrm, prompts_file):
     """Llama-3-like model, PairRM, instructions: the flags of a 7B run with small numbers."""
     seeds = os.path.join(ROOT, "..", "shared", "data", "prompts", "self_instruct_seed.jsonl")

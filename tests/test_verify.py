@@ -364,8 +364,8 @@ def test_rewards():
 
 
 @pytest.mark.parametrize("function, row, says", [
-    (checks.gsm8k, {"prompt": "q"}, "verify:gsm8k needs a column `answer` with a number .* one has prompt alone"),
-    (checks.gsm8k, {"answer": "yes"}, "needs a column `answer` with a number"), (checks.gsm8k, {}, "no columns"),
+    (checks.gsm8k, {"prompt": "q"}, "verify:gsm8k needs a column `answer` with a number .* one has only prompt; add it"),
+    (checks.gsm8k, {"answer": "yes"}, "needs a column `answer` with a number"), (checks.gsm8k, {}, "nothing but the prompt"),
     (checks.gsm8k, {"answer": True}, "needs a column"),
     (checks.math, {"answer": "  "}, "verify:math needs a column `answer`"),
     (checks.math, {"solution": "It is 5."}, "needs a column `answer` .* `solution`")])
