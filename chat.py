@@ -52,14 +52,16 @@ class Prompt(str):
         roles = [turn["role"] for turn in turns]
         if roles[-1:] != ["user"] or "system" in roles[1:]:
             raise ValueError("a conversation needs a user's turn at its end, and a system turn at its beginning alone")
-        text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        # behind its role each, and no content can write such a heading
+        text = "\n\n".join(f"{turn['role'].capitalize()}: " + re.sub(r"(?m)^(System|User|Assistant):", r"\1 :",
+                                                                     turn["content"]) for turn in turns)
         self = super().__new__(cls, turns[0]["content"] if len(turns) == 1 else text)
         self.turns, self.row = turns, row or {}
         return self
 
 
 ROLES = {"human": "user", "gpt": "assistant"}               # ShareGPT's names for ours
-PLAIN = (str, int, float, list, dict, type(None))           # what JSON can hold: no images, no dates
+SYSTEM = ("system", "system_prompt")                        # columns that hold a system turn's text
 
 
 def _turn(turn):
@@ -88,7 +90,7 @@ def stored(prompt):
 
 def as_row(prompt):
     """A prompt as a row of a prompts file, which `read_prompts` reads back."""
-    return {"prompt": stored(prompt), **getattr(prompt, "row", {})}
+    return {**getattr(prompt, "row", {}), "prompt": stored(prompt)}
 
 
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+)(?=:))?(?::(.+))?")     # owner/name, /config, :split
@@ -188,20 +190,42 @@ def prompt_of(row, flag, path, where):
     try:
         used, turns = _conversation(row) if isinstance(row, dict) else ((), None)
         if isinstance(turns, list):             # what was answered already is no part of the question
-            roles = [_turn(turn)["role"] for turn in turns]
-            turns = turns[:len(roles) - roles[::-1].index("user")] if "user" in roles else turns
+            users = [i for i, turn in enumerate(turns) if _turn(turn)["role"] == "user"]
+            turns = turns[:users[-1] + 1] if users else turns
         if turns and turns_of(Prompt(turns))[-1]["content"].strip():
-            beside = {name: value for name, value in row.items() if name not in used and isinstance(value, PLAIN)}
-            return Prompt(turns, beside)
+            return Prompt(turns, {name: value for name, value in row.items() if name not in used and _is_json(value)})
     except ValueError as error:
         raise run.UserError(f"{flag} {path}, {where}: {error}; mend or remove it") from None
     raise run.UserError(f"{flag} {path}, {where}: no prompt found; every row needs a column `prompt`, `instruction`, "
                         "`messages`, `conversations`, `question` or `problem`")
 
 
+def _is_json(value):
+    """Can a column be written to a .jsonl file? Images and dates, which parquet may hold, cannot."""
+    try:
+        return json.dumps(value) is not None
+    except (TypeError, ValueError):
+        return False
+
+
 def _conversation(row):
     """(names of the columns that make a row's prompt, its text or list of messages); None for the last if there is
-    none."""
+    none. A system turn may stand in a column of its own."""
+    used, turns = _user_turns(row)
+    for name in SYSTEM:
+        if turns and isinstance(row.get(name), str) and row[name].strip():
+            turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+            if _turn(turns[0])["role"] != "system":
+                return (*used, name), [{"role": "system", "content": row[name]}, *turns]
+    return used, turns
+
+
+def _user_turns(row):
+    """The same without a system turn's own column. Where `messages` repeat the text in `prompt`, they have it all."""
+    messages = row.get("messages")
+    if isinstance(row.get("prompt"), str) and isinstance(messages, list) and row["prompt"].strip():
+        if row["prompt"] in [turn.get("content") for turn in messages if isinstance(turn, dict)]:
+            return ("prompt", "messages"), messages
     for name in ("prompt", "question", "problem"):
         if isinstance(row.get(name), (str, list)) and row[name]:
             return (name,), row[name]
@@ -258,10 +282,10 @@ def divide(sources, count, size, validation, test, seed, held=None):
 
 def in_steps(prompts, steps, size, seed, keep_order=False):
     """`steps` lists of `size` prompts, taken from as many passes over the prompts as it needs, each in an order of its
-    own; keep_order: where one pass is enough, the order as it is. More steps leave the earlier ones as they are."""
+    own; keep_order: the first pass in the order as it is. More steps leave the earlier ones as they are."""
     order, passes = [], math.ceil(steps * size / len(prompts))
     for k in range(passes):
-        order += prompts if keep_order and passes == 1 else run.shuffled(prompts, seed, "training prompts", k)
+        order += prompts if keep_order and k == 0 else run.shuffled(prompts, seed, "training prompts", k)
     return [order[step * size:(step + 1) * size] for step in range(steps)]
 
 
@@ -278,6 +302,8 @@ def in_steps(prompts, steps, size, seed, keep_order=False):
 
 VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
 
+OURS = {"prompt", "row", "prompt_ids", "tokens", "finish", *VERDICTS}
+
 
 def answer_texts(row):
     """The K answers of a table's row, as text."""
@@ -293,8 +319,11 @@ def table_row(prompt, texts):
 
 
 def asked(row):
-    """The Prompt of a table's row."""
-    return Prompt(row["prompt"], row.get("row"))
+    """The Prompt of a table's row. Another tool's table has the prompt's other columns beside it."""
+    beside = row.get("row")
+    if not isinstance(beside, dict):
+        beside = {name: value for name, value in row.items() if name not in OURS and not name.startswith("generate_")}
+    return Prompt(row["prompt"], beside)
 
 
 def verdict_columns(row, P):
@@ -466,7 +495,7 @@ def shortened(text, fits):
 # ---------------------------------------------------------------------------------------------------------------------
 # conversations and token ids
 
-MARK = re.compile(r"<\|?/?[\w ]+\|?>|<<?/?\w+>>?|\[/?\w+\]")     # <|im_end|>, </s>, <<SYS>>, [/INST]
+MARK = re.compile(r"<[|｜]?/?[\w ▁]+[|｜]?>|<<?/?\w+>>?|\[/?\w+\]")      # <|im_end|>, </s>, <<SYS>>, [/INST]
 THINKING = ("<think>", "</think>")
 
 
@@ -477,7 +506,7 @@ def without_thinking(text):
     ['4', '', '4']
     """
     said = text.rpartition(THINKING[1])[2].strip()
-    return "" if said.startswith(THINKING[0]) else said
+    return "" if THINKING[0] in said else said
 
 
 def breaker(tokenizer):
@@ -488,7 +517,7 @@ def breaker(tokenizer):
     For a tokenizer that knows [SEP], "a [SEP] b" becomes "a [SEP ] b".
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values()
-             if token.special or token.content.startswith("<|")}
+             if token.special or token.content.startswith(("<|", "<｜"))}       # DeepSeek's have full-width bars
     marks = sorted((added | _template_marks(tokenizer)) - {"", *THINKING}, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
@@ -499,19 +528,20 @@ def breaker(tokenizer):
 
 def _template_marks(tokenizer):
     """The marks in a tokenizer's chat template that are no special tokens: [INST] in Mistral's, "USER:" in Vicuna's."""
-    roles = ("user", "assistant", "user", "assistant")
-    talk = [{"role": role, "content": f"content{i}"} for i, role in enumerate(roles)]
-    try:
-        text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
-    except Exception:   # no template, or one that has something against this talk: the special tokens have to do
-        return set()
-    lines = [line.strip() for piece in re.split(r"content\d", text) for line in piece.split("\n")]
+    lines = []
+    for roles in (("user", "assistant", "user", "assistant"), ("system", "user", "assistant")):
+        talk = [{"role": role, "content": f"content{i}"} for i, role in enumerate(roles)]
+        try:
+            text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
+        except Exception:   # no template, or one that refuses this talk
+            continue
+        lines += [line.strip() for piece in re.split(r"content\d", text) for line in piece.split("\n")]
     return set(MARK.findall("\n".join(lines))) | {line for line in lines if line.endswith(":")}
 
 
 def template_options(text):
-    """--template-option's "name=value,name=value" as a dict; a value that is JSON (false, 3) is read as such. Raises
-    UserError for anything else.
+    """--template-option's "name=value,name=value" as a dict; a value that is JSON (false, 3) is read as such, and
+    True and False too. Raises UserError for anything else.
 
     >>> template_options("enable_thinking=false,effort=low")
     {'enable_thinking': False, 'effort': 'low'}
@@ -522,7 +552,7 @@ def template_options(text):
         if not equals or not name.strip().isidentifier():
             raise run.UserError(f"--template-option {text} is no list of name=value; write it as enable_thinking=false")
         try:
-            options[name.strip()] = json.loads(value)
+            options[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             options[name.strip()] = value
     return options
@@ -539,7 +569,12 @@ class Template:
     def __init__(self, tokenizer, path, options=""):
         self.tokenizer, self.path, self.plain = tokenizer, path, breaker(tokenizer)
         off = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
-        self.options = TEMPLATE_DATE | off | template_options(options)
+        given = template_options(options)
+        for name in given:
+            if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+                raise run.UserError(f"--template-option {name}: the chat template of {path} has no such name; leave it "
+                                    "out, or spell it as in its chat_template.jinja")
+        self.options = TEMPLATE_DATE | off | given
         talk = [{"role": "system", "content": "content0"}, {"role": "user", "content": "content1"}]
         try:
             self.has_system = "content0" in self._render(talk, tokenize=False)
@@ -598,6 +633,9 @@ class Chat:
         self.context = net.config.max_positions
         self.template = Template(self.tokenizer, path, options)
         self.plain = self.template.plain                    # text -> text that poses as no turn
+        self.special_ids = set(self.tokenizer.all_special_ids)
+        marks = [mark for mark in THINKING if mark in self.tokenizer.all_special_tokens]
+        self.thinking_ids = set(self.tokenizer.convert_tokens_to_ids(marks))
 
     def encode(self, prompt):
         """A prompt, text or `Prompt`, the assistant's header included: list of ids."""
@@ -643,7 +681,11 @@ class Chat:
     def decode(self, tokens):
         """An answer's text, without its end-of-turn token; with its thinking, whose beginning a template may have
         written already."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        if self.thinking_ids & set(tokens):     # special tokens for some tokenizers: where thinking ends must be seen
+            tokens = [i for i in tokens if i in self.thinking_ids or i not in self.special_ids]
+            text = self.tokenizer.decode(tokens).strip()
+        else:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         return THINKING[0] + text if self.template.opens_thinking else text
 
 
@@ -662,21 +704,21 @@ def answer_limit(ids, max_new_tokens, max_total_tokens=0):
     return max(1, min(max_new_tokens, max_total_tokens - len(ids) if max_total_tokens else max_new_tokens))
 
 
-def may_exceed(args):
-    """May a prompt be longer than --max-prompt-tokens? Where prompt and answers have a bound together, it is left out
-    only if an answer that enters the loss exceeds that."""
+def total_decides(args):
+    """With --drop-long-prompts and --max-total-tokens a prompt may be longer than --max-prompt-tokens: it is left out
+    only where an answer that enters the loss is cut by the total."""
     return args.drop_long_prompts and args.max_total_tokens > 0
 
 
 def encode_prompts(prompts, chat, args):
     """Ids of prompts to be answered by sppo.py; raises UserError for one that is too long (see Chat.encode_all)."""
-    return chat.encode_all(prompts, 0 if may_exceed(args) else args.max_prompt_tokens, args.max_new_tokens,
+    return chat.encode_all(prompts, 0 if total_decides(args) else args.max_prompt_tokens, args.max_new_tokens,
                            args.max_total_tokens)
 
 
 def without_long_prompts(prompts, chat, args, rank):
     """The prompts that there is room for; prints how many were left out."""
-    room = chat.room(0 if may_exceed(args) else args.max_prompt_tokens, 1 if args.table else args.max_new_tokens,
+    room = chat.room(0 if total_decides(args) else args.max_prompt_tokens, 1 if args.table else args.max_new_tokens,
                      args.max_total_tokens)
     return chat.that_fit(prompts, room, quiet=rank != 0)
 
@@ -702,7 +744,7 @@ def training_examples(rows, chat, args, rank=0):
             talks = [row["chosen"], row["rejected"]] if order is None else [row[f"generate_{k}"] for k in order]
             example, too_long = encode_talks(asked(row), talks, chat, args)
             ends = too_long
-        if any(too_long) and may_exceed(args) and len(example["prompt"]) > args.max_prompt_tokens:
+        if any(too_long) and total_decides(args) and len(example["prompt"]) > args.max_prompt_tokens:
             dropped += 1
             continue
         cut += ends
@@ -722,7 +764,7 @@ def training_examples(rows, chat, args, rank=0):
 def encode_talks(prompt, talks, chat, args):
     """Answers that are known as text only, through the chat template: ({prompt, responses} as ids, which were cut).
     An answer that is too long ends where a sampled one would have been cut, without an end token."""
-    ids, = chat.encode_all([prompt], 0 if may_exceed(args) else args.max_prompt_tokens, 1, args.max_total_tokens)
+    ids, = chat.encode_all([prompt], 0 if total_decides(args) else args.max_prompt_tokens, 1, args.max_total_tokens)
     limit = min(answer_limit(ids, args.max_new_tokens, args.max_total_tokens), chat.context - len(ids))
     responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
     return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]

@@ -81,8 +81,7 @@ def contest(args):
     else:
         prompts = (spoken or world.OPERATIONS).queries(args.part, args.count)
     winrate.check_world_prompts(args.judge, prompts)
-    judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype),
-                           args.template_option)
+    judge = prefmodel.load(args.judge, args.estimator, *run.device_and_dtype(args.device, args.dtype))
     prefmodel.check_references(judge, prompts)
     longest = args.max_new_tokens or (24 if spoken else 1024)
     return prompts, judge, winrate.Sampling(longest, args.temperature, args.top_p, args.max_rows)

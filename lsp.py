@@ -492,7 +492,8 @@ def check_verdicts(step, share, job):
     healthy, so the run says it, and raises UserError after ten steps in a row with most of them unread."""
     job.mute_steps = job.mute_steps + 1 if share > 0.5 else 0
     told = (f"step {step}: {share:.0%} of the self-reward's verdicts could not be read, which leaves the game of "
-            "--mode lsp-zero; raise --max-verdict-tokens, give another --self-reward-prompt, or --self-reward expected")
+            "--mode lsp-zero; begin again (--overwrite) with more --max-verdict-tokens, with another "
+            "--self-reward-prompt, or with --self-reward expected")
     if job.mute_steps == 1:
         job.record.say(told + " (ten such steps in a row end the run)")
     if job.mute_steps >= 10:
@@ -585,9 +586,8 @@ def set_up(argv):
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
     asked, (job.data, test) = challenger_prompt(args), read_data(args)
-    job.judge = prefmodel.load(args.reward, "pairwise", device, dtype, args.template_option)
-    table_judge = job.judge if not args.judge else prefmodel.load(args.judge, "pairwise", device, dtype,
-                                                                  args.template_option)
+    job.judge = prefmodel.load(args.reward, device=device, dtype=dtype)
+    table_judge = prefmodel.load(args.judge, device=device, dtype=dtype) if args.judge else job.judge
     check_reward(job.judge, args)
     job.base = initial_model(args) or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[args.world], device))
     job.net = model.Transformer.from_pretrained(job.base, device, dtype)
@@ -599,7 +599,7 @@ def set_up(argv):
     job.ref = model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False)
     if job.data is None:
         job.challenge = job.chat.encode(asked)
-    check_prompts(job, test)
+    check_prompts(job, test, table_judge)
     if args.mode == "lsp":
         job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
                                                args.max_verdict_tokens, args.max_rows, args.seed, bool(args.world))
@@ -621,7 +621,7 @@ def set_up(argv):
     return job
 
 
-def check_prompts(job, test):
+def check_prompts(job, test, table_judge):
     """Raises UserError where the context holds no query, or not a prompt and its longest answer; and for a prompt
     without the right answer that a verifier needs."""
     args, chat = job.args, job.chat
@@ -632,6 +632,7 @@ def check_prompts(job, test):
     prompts = [*dict.fromkeys(sum(job.data or [], []) + (test or []))]
     chat.encode_all(prompts, 0, args.max_new_tokens)
     prefmodel.check_references(job.judge, prompts)
+    prefmodel.check_references(table_judge, test or [])
     if chat.room(0, args.max_new_tokens) < len(chat.encode("")) + 1:
         raise run.UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a query in the model's context "
                             f"of {chat.context} tokens; lower it")

@@ -10,7 +10,7 @@ except for attention, which decides what each token may look at. So the network 
                     without padding                                     with gradient, and its n responses attend to it
     KVCache         one new token in each of R rows                     decoding
 
-All three run the same lines of `Layer.forward`, for the 337k-parameter toy and for a 7B checkpoint alike.
+All three run the same lines of `Layer.forward`, for the toy and for a 7B checkpoint alike.
 
 What the families differ in stands in `Config`. Llama, Mistral, Qwen2, Qwen3 and Phi are one network up to a bias, a
 norm or a window. SmolLM3 leaves every fourth layer without RoPE: there a token knows only which tokens came before it.

@@ -55,11 +55,10 @@ KINDS = ("pairrm:DIR_OR_HUB_ID; reward:DIR_OR_HUB_ID (then sigmoid(r - r'), tran
          "language model; verify:gsm8k or verify:math; python:FILE.py:FUNCTION")
 
 
-def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32, options=""):
+def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32):
     """The judge that --judge names, one of those above; PATH is a directory or a hub id.
 
-    `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the other judges need none. `options`, as
-    --template-option has them, are for a language model's chat template.
+    `estimator`, "pairwise" or "aggregate", is for PairRM's logits; the other judges need none.
     Raises UserError for an unknown judge or estimator, and for a checkpoint or a file that cannot be used.
     """
     kind, _, path = spec.partition(":")
@@ -75,7 +74,7 @@ def load(spec, estimator="pairwise", device="cpu", dtype=torch.float32, options=
     if kind == "reward" and path:
         return RewardModel(path, device, dtype)
     if kind == "model" and path:
-        return ModelJudge(path, device, dtype, options)
+        return ModelJudge(path, device, dtype)
     if kind in ("python", "verify"):
         return function_judge(spec)
     raise UserError(f"--judge {spec} is not known; give {', '.join(WORLD_JUDGES)}, or one of {KINDS}")
@@ -181,7 +180,7 @@ def _number(judge, bounds, *inputs):
         value = judge.function(*inputs)
     except UserError:                           # a verifier's own sentence
         raise
-    except Exception as error:                  # whatever a user's code raises
+    except (Exception, SystemExit) as error:    # whatever a user's code raises
         raise UserError(f"{judge.name} {_failed(error, code and code.co_filename)}; mend it") from None
     place = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
     try:
@@ -457,7 +456,7 @@ def _quoted(text):
     return TAGS.sub(r"(\1)", text)
 
 
-def _closing(chat):
+def closing(chat):
     """The ids that end the thinking which a template begins, before a label is read off the next token; mostly none."""
     return chat.tokenizer.encode("\n</think>\n\n", add_special_tokens=False) if chat.template.opens_thinking else []
 
@@ -500,15 +499,15 @@ class ModelJudge:
     """
     bounds = None                           # there is no reward
 
-    def __init__(self, path, device="cpu", dtype=torch.float32, options="", batch_tokens=16384):
+    def __init__(self, path, device="cpu", dtype=torch.float32, batch_tokens=16384):
         self.name, self.batch_tokens = f"model:{path}", batch_tokens
-        self.net, self.chat = load_checkpoint(path, device, dtype, options)
+        self.net, self.chat = load_checkpoint(path, device, dtype)
         self.net.eval().requires_grad_(False)
         labels = [self.chat.tokenizer.encode(label, add_special_tokens=False) for label in "AB"]
         if [len(ids) for ids in labels] != [1, 1] or labels[0] == labels[1]:
             raise UserError(f"the tokenizer of {path} does not have A and B as single tokens, by which a judge "
                             "answers; give another model")
-        self.labels, self.closing = [ids[0] for ids in labels], _closing(self.chat)
+        self.labels, self.closing = [ids[0] for ids in labels], closing(self.chat)
         self.empty = len(self._ids("", "", ""))
         if self.empty > self.chat.context // 2:
             raise UserError(f"{path} has a context of {self.chat.context} tokens, of which the judge's rubric alone "
@@ -649,8 +648,8 @@ class SelfReward:
         mine = range(rank, len(pairs), ranks)
         prompts = [self.encode(*pairs[i]) for i in mine]
         if self.how == "expected":
-            closing = _closing(self.chat)
-            verdicts = self.expected([prompt + closing + self.start for prompt in prompts])
+            end = closing(self.chat)
+            verdicts = self.expected([prompt + end + self.start for prompt in prompts])
         else:
             verdicts = self.written(prompts, [stream(self.seed, "verdicts", step) + i for i in mine])
         verdicts = gather(verdicts, len(pairs))

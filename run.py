@@ -608,7 +608,7 @@ def _check_same(out, before, now):
         if name == "prompts" and was and "iterations" in now:
             if str(wanted).startswith(was + ","):
                 continue
-            remedy += ", or further sources behind it and a comma,"
+            remedy += " (a comma and further sources may follow it)"
         raise UserError(f"--resume: {out} was run with {name} = {was}, now it is {wanted}; {remedy} or another --out")
 
 

@@ -283,7 +283,7 @@ def trained(t, examples, statistics, job):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, judge. What passes from phase to phase is a table (prefmodel.py), one row a prompt, in the file table-t.jsonl,
+# sample, judge. What passes from phase to phase is a table (chat.py), one row a prompt, in the file table-t.jsonl,
 # so that each phase may run elsewhere (--stage) and other tools' tables can be trained on (--table).
 
 
@@ -560,10 +560,10 @@ def set_up(argv):
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
         run.check_out(args.out, args, resume, args.overwrite)
-    rows, began = check_stage(args), begun(args, resume)
+    rows, began = check_stage(args), earlier_session(args, resume)
     sources = read_sources(args.prompts, args.iterations) if "prompts" in needs(args) and args.prompts else None
     if "judge" in needs(args):
-        job.judge = prefmodel.load(args.judge, args.estimator, device, dtype, args.template_option)
+        job.judge = prefmodel.load(args.judge, args.estimator, device, dtype)
     if "model" in needs(args):
         job.base = began.get("initial") or args.model or run.on_rank_0_first(
             rank, lambda: world.base(world.WORLDS[args.world], device))
@@ -588,8 +588,8 @@ def set_up(argv):
             run.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
         if job.parts:                                       # what a resumed run must not change
             run.write_json(record.path("state", "initial.json"), {
-                "initial": str(job.base), "iterations": sessions(began, args) + [args.iterations],
-                "size": len(job.parts[0]) if len(sources or []) == 1 else 0})
+                "initial": str(job.base), "iterations": shorter_sessions(began, args) + [args.iterations],
+                "sources": len(sources or []), "size": len(job.parts[0])})
         if args.table:                                      # where the phases look for it
             run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
@@ -742,31 +742,36 @@ def check_training_rows(rows, args, job):
 # prompts
 
 
-def begun(args, resume):
-    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "size": prompts of a
-    part}; {} for a new run."""
+def earlier_session(args, resume):
+    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": how many
+    --prompts named, "size": prompts of a part}; {} for a new run."""
     path = os.path.join(args.out, "state", "initial.json")
     return run.read_json(path) if resume and os.path.exists(path) else {}
 
 
-def sessions(began, args):
-    """The numbers of iterations that earlier sessions of the run had, where they were fewer: a list that grows."""
+def shorter_sessions(began, args):
+    """The --iterations of earlier sessions of the run, where they were fewer."""
     return [count for count in began.get("iterations", []) if count < args.iterations]
 
 
 def split_prompts(args, sources=None, began={}):
     """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world. A run
     that goes on with a larger --iterations keeps its held-out prompts, and gets further parts."""
-    size = args.prompts_per_iteration or (began.get("size", 0) if len(sources or ()) == 1 else 0)
+    same = len(sources or ()) == began.get("sources")
+    if began.get("sources", 0) and not same and glob.glob(os.path.join(glob.escape(args.out), "state", "sampled-*")):
+        raise run.UserError("--resume: further --prompts divide the prompts anew, and an iteration is half sampled; "
+                            "give the same --prompts until it is done")
+    size = args.prompts_per_iteration or (began.get("size", 0) if same and len(sources or ()) == 1 else 0)
     sizes = args.iterations, size, args.validation_prompts, args.test_prompts, args.seed
     try:
         if args.world:
-            return world.WORLDS[args.world].divide(*sizes, sessions(began, args))
+            return world.WORLDS[args.world].divide(*sizes, shorter_sessions(began, args))
         files = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
         held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
         return divide(sources, *sizes, held)
     except ValueError as error:
-        raise run.UserError(f"--prompts {args.prompts} {error}" if sources else str(error)) from None
+        more = "; or add sources behind a comma, one for each iteration" if shorter_sessions(began, args) else ""
+        raise run.UserError(f"--prompts {args.prompts} {error}{more}" if sources else str(error)) from None
 
 
 def answer_limits(args):

@@ -277,7 +277,7 @@ def table_of_runs(summaries):
     The base is one row, whatever the method. Log-ratios in nats, over the kept epoch's steps."""
     groups, settings = {}, {}
     for summary in summaries:
-        one = {k: v for k, v in summary["settings"].items() if k not in ("seed", "init", "out", "resume", "overwrite")}
+        one = {k: v for k, v in summary["settings"].items() if k not in {"seed", "init", *run.PASSING, *run.MOMENTARY}}
         other = settings.setdefault(summary["method"], one)
         for name in one:
             if one[name] != other.get(name):

@@ -15,7 +15,7 @@ import os
 import re
 
 import run
-from chat import HUB, Prompt, as_row, hub_rows, prompt_of, read_prompts, read_rows, stored, turns_of
+from chat import HUB, Prompt, as_row, hub_rows, prompt_of, read_prompts, read_rows, stored, turns_of, without_thinking
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,6 +191,7 @@ def read_answers(path, flag, mode):
         try:
             key, turns, name = read(row)
             turns = [turn if isinstance(turn, str) else _content(turn) for turn in turns]
+            turns = [without_thinking(turn) if isinstance(turn, str) else turn for turn in turns]
             if not turns or not all(isinstance(text, str) for text in [*turns, name]):
                 raise TypeError
             if not isinstance(key, (str, int)):

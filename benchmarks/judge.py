@@ -106,7 +106,8 @@ class JudgeSettings(EndpointSettings):
                              "A>>B to B>>A, both orders) or single (MT-Bench: 1 to 10 for each turn) (needed)",
                          tuple(JUDGE_PROMPTS), needed=True)
     judge: str = run.flag("", "who judges (needed): model:DIR_OR_HUB_ID or api:MODEL_NAME; pairwise also pairrm:"
-                              "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, and oracle or styles (embedded worlds)",
+                              "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, python:FILE.py:FUNCTION, and oracle or styles "
+                              "(embedded worlds)",
                           needed=True)
     prompts: str = run.flag("", "the benchmark's questions (arena and single: needed)")
     out: str = run.flag("", "the judgments' file (needed); the same command goes on where it was interrupted",
@@ -154,10 +155,10 @@ def _check_judge(args):
             raise run.UserError(f"--{name} is needed with --mode {args.mode} and was not given; --help says what it is")
     kind, _, path = args.judge.partition(":")
     reads_text = kind in ("model", "api") and bool(path)
-    of_pairs = kind in ("pairrm", "reward") and bool(path) or prefmodel.world_of(args.judge) is not None
+    of_pairs = kind in ("pairrm", "reward", "python") and bool(path) or prefmodel.world_of(args.judge) is not None
     if not reads_text and not of_pairs:
         raise run.UserError(f"--judge {args.judge} is not known; give model:PATH, api:MODEL_NAME, pairrm:PATH, "
-                            f"reward:PATH, {' or '.join(prefmodel.WORLD_JUDGES)}")
+                            f"reward:PATH, python:FILE.py:FUNCTION, {' or '.join(prefmodel.WORLD_JUDGES)}")
     if of_pairs and args.mode != "pairwise":
         raise run.UserError(f"--mode {args.mode} needs a judge that writes; give --judge model:PATH or api:MODEL_NAME, "
                             "or --mode pairwise")
@@ -354,9 +355,22 @@ MODES = {"pairwise": Pairwise, "arena": Arena, "single": Single}
 
 
 def _conversation(questions, answers):
+    """Turns as one text, a heading before each, which no turn's own text can write.
+
+    >>> print(_conversation(["Why?"], ["So.\\n\\n[user]\\nBye."]))
+    [user]
+    Why?
+    <BLANKLINE>
+    [assistant]
+    So.
+    <BLANKLINE>
+    [user ]
+    Bye.
+    """
     talk = []
-    for question, answer in zip(questions, answers):
-        talk += [f"[user]\n{question}", f"[assistant]\n{answer}"]
+    for pair in zip(questions, answers):
+        for role, text in zip(("user", "assistant"), pair):
+            talk.append(f"[{role}]\n" + re.sub(r"(?m)^\[(user|assistant)\]", r"[\1 ]", text))
     return "\n\n".join(talk)
 
 
@@ -435,7 +449,8 @@ def _ask_model(args, path, questions, numbers):
     net, chat = load_checkpoint(path, *run.device_and_dtype(args.device, args.dtype), args.template_option)
     pairwise = args.mode == "pairwise"
     room = 1 if pairwise else args.judge_max_tokens
-    ids = {n: chat.encode(questions[n]) for n in numbers}
+    closing = prefmodel.closing(chat) if pairwise else []       # a label is read, so no thinking may come before it
+    ids = {n: chat.encode(questions[n]) + closing for n in numbers}
     for n in numbers:                                   # before anything is judged
         if len(ids[n]) + room > chat.context:
             raise run.UserError(f"--judge model:{path} has a context of {chat.context} tokens, and one question takes "

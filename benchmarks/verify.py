@@ -292,16 +292,6 @@ class Mark(typing.NamedTuple):
     right: bool
 
 
-def check_answer(task, reference, text):
-    """Is `text` right? True, False, or None where it holds no answer. reference: the data set's own answer, whole.
-
-    >>> check_answer("gsm8k", "so 6 + 4 = 10. #### 10", "The answer is 10."), check_answer("math", "3", "It is 3.")
-    (True, None)
-    """
-    mark = mark_answer(task, reference, text)
-    return None if mark.read is None else mark.right
-
-
 def mark_answer(task, reference, text):
     """The Mark of a model's `text`. reference: the data set's own answer to that gsm8k or math problem, whole.
 

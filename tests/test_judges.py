@@ -316,9 +316,10 @@ def test_thinking_that_the_template_opens_is_closed(llama3, tmp_path, comparing)
     assert chat.tokenizer.decode(rows[0]).endswith("<think>\n\n</think>\n\n<Score>")
 
 
-def test_options_reach_the_judges_template(llama3, tmp_path):
-    directory = longer(llama3, tmp_path / "moody", 4096, lambda text: text + "{{ mood }}")
-    judge = prefmodel.load(f"model:{directory}", options="mood=calm")
+def test_a_judge_does_not_think(llama3, tmp_path):
+    """Its label is the next token: thinking is off, whatever --template-option says to the policy's template."""
+    directory = longer(llama3, tmp_path / "thinks", 4096, lambda text: text + "{{ 'calm' if enable_thinking is false }}")
+    judge = prefmodel.load(f"model:{directory}")
     assert judge.chat.tokenizer.decode(judge.row_ids("q", "a", "b")).endswith("calm")
 
 

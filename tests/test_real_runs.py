@@ -295,7 +295,7 @@ def test_iterations_may_grow_on_a_file(base):
     sppo.main([*one, "--out", "out"])
     sppo.main([*one, "--out", "out", "--resume", "--iterations", "2"])
     assert len(set(played("out"))) == len(played("out")) == 30
-    with pytest.raises(UserError, match="has 50 distinct prompts; 3 iterations"):
+    with pytest.raises(UserError, match="has 50 distinct prompts; 3 iterations .*or add sources behind a comma"):
         sppo.main([*one, "--out", "out", "--resume", "--iterations", "3"])
     every = [*one, "--prompts-per-iteration", "0", "--out", "all"]
     sppo.main(every)
@@ -305,6 +305,22 @@ def test_iterations_may_grow_on_a_file(base):
     sppo.main([*every, "--resume", "--iterations", "2", "--prompts", "p.txt,more.txt"])
     assert len(set(played("all"))) == len(played("all")) == 55 and held == open("all/state/test.jsonl").read()
     assert set(played("all")).isdisjoint(read_prompts("all/state/test.jsonl"))
+
+
+def test_sources_are_not_added_to_a_half_sampled_iteration(base, dies_in):
+    """They divide the prompts anew, and one of them would be played twice."""
+    queries = world.OPERATIONS.queries("train", 60)
+    file("p.txt", "\n".join(queries[:50])), file("more.txt", "\n".join(queries[50:]))
+    file("own.py", "def even(prompt, a, b, row):\n    return 0.5\n")
+    flags = argv(**SPPO | dict(model=base, prompts="p.txt", iterations=1, prompts_per_iteration=0,
+                               validation_prompts=5, test_prompts=5, judge="python:own.py:even", out="out"))
+    dies_in(sppo, "sample_answers", 3)
+    with pytest.raises(Killed):
+        sppo.main(flags)
+    with pytest.raises(UserError, match="an iteration is half sampled; give the same --prompts until it is done"):
+        sppo.main([*flags, "--resume", "--iterations", "2", "--prompts", "p.txt,more.txt"])
+    sppo.main([*flags, "--resume"])
+    assert len(set(played("out"))) == len(played("out")) == 40
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lsp", marks=pytest.mark.slow), "grpo"])

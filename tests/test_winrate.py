@@ -155,3 +155,13 @@ def test_a_run_of_the_circle_that_is_not_over(rows, tmp_path):
     assert len(winrate.exact_styles(summary)) == max(1, len(winrate.played_styles(summary["evaluations"])) - 1)
     plots.plot([("sppo", summary)], str(tmp_path / "curves.png"))
     assert is_png(tmp_path / "curves.png")
+
+
+def test_a_table_over_seeds_looks_past_what_computes_nothing():
+    """Where a run wrote, on which device, with which tracker."""
+    summary = {"method": "lsp", "settings": {"seed": 0, "track": "", "device": "cpu", "out": "a", "lr": 1.0},
+               "evaluations": [{**ROW, "name": "base"}], "seconds": {"total": 1.0}}
+    other = summary | {"settings": {"seed": 1, "track": "wandb", "device": "cuda", "out": "b", "lr": 1.0}}
+    assert "| base | 2 |" in winrate.table_of_runs([summary, other])
+    with pytest.raises(run.UserError, match="differ in lr"):
+        winrate.table_of_runs([summary, other | {"settings": other["settings"] | {"lr": 2.0}}])
