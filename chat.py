@@ -485,8 +485,9 @@ def extract_query(text):
 def shortened(text, fits):
     """`text`, cut on the right, a tenth at a time, until fits(text): for texts that are too long for the Solver or a
     judge. Of a conversation that does not fit only the last turn is left, to be cut."""
-    if not fits(text):
-        text = turns_of(text)[-1]["content"]
+    if fits(text):
+        return text
+    text = turns_of(text)[-1]["content"]
     while text and not fits(text):
         text = text[:len(text) - max(1, len(text) // 10)]
     return text

@@ -73,6 +73,7 @@ from run import flag
 REAL = dict(steps=1000, queries=8, answers=8, beta=0.05, alpha_ch=1.0, reward_scale=1.0, self_reward="sample",
             lr=3e-6, warmup=0, max_query_tokens=512, max_new_tokens=1024, max_verdict_tokens=256, micro_batch=1,
             max_rows=64, test_prompts=256, eval_every=100, print_every=1)
+FRESH = 512, 64                 # queries behind a row's figures of the Challenger: in an embedded world, of real models
 PLAYABLE = tuple(name for name, entry in world.WORLDS.items() if entry.lsp)
 
 # Section 4 of the paper; what it leaves open is REAL's. `lr` is 3e-6 for both games and 1e-6 for GRPO. N 8 = batch 4 x
@@ -460,14 +461,13 @@ def summarised(job):
 
 
 def figures_of(step, job):
-    """What stands in a row besides its win rates: when it was made, and what the Challenger asks, by fresh queries (512
-    in the embedded world, else 64)."""
+    """What stands in a row besides its win rates: when it was made, and what the Challenger asks, by fresh queries."""
     args, figures = job.args, {"seconds": round(job.record.total_seconds(), 1)} if step else {}
     if job.challenge is None:
         return figures
     stage, spoken = step - 1 if step else "base", world.WORLDS.get(args.world)
-    many = dataclasses.replace(args, queries=512 if spoken else 64, answers=1, max_new_tokens=1)
-    game = play(job.net if step else job.ref, job.chat, many, ("figures", stage), job.challenge, shard=job.shard)
+    asking = dataclasses.replace(args, queries=FRESH[not spoken], answers=1, max_new_tokens=1)      # answers: not used
+    game = play(job.net if step else job.ref, job.chat, asking, ("figures", stage), job.challenge, shard=job.shard)
     asked = winrate.query_metrics(game.queries, spoken)
     if spoken:
         seed = run.stream(args.seed, "figures", stage)
@@ -779,8 +779,8 @@ def read_data(args):
 def initial_queries(ref, chat, args, challenge, shard):
     """Prompts for the final table where none are given: distinct queries of the initial model, the same for all
     seeds."""
-    many = dataclasses.replace(args, seed=0, queries=2 * args.test_prompts, answers=1, max_new_tokens=1)
-    asked = play(ref, chat, many, "test", challenge, shard=shard)
+    asking = dataclasses.replace(args, seed=0, queries=2 * args.test_prompts, answers=1, max_new_tokens=1)
+    asked = play(ref, chat, asking, "test", challenge, shard=shard)
     room = chat.room(0, args.max_new_tokens)
     found = [q for q in dict.fromkeys(asked.queries) if q and len(chat.encode(q)) <= room][:args.test_prompts]
     if not found:

@@ -181,12 +181,19 @@ def _check_judge(args):
 
 def _poser(args):
     """A function of the placeholders' values that makes a question for a judge that reads text: a conversation (Prompt)
-    of --judge-system, if any, and one user turn out of --judge-prompt."""
+    of --judge-system, if any, and one user turn out of --judge-prompt. No value can write a heading of that prompt: an
+    answer's "# Your verdict" becomes "#  Your verdict"."""
     default = JUDGE_PROMPTS[args.mode]
     template = read_template("--judge-prompt", args.judge_prompt, default, placeholders(default))
     system = read_text("--judge-system", args.judge_system).strip() if args.judge_system else ""
     before = [{"role": "system", "content": system}] if system else []
-    return lambda **values: Prompt([*before, {"role": "user", "content": fill(template, **values)}])
+    headings = [re.escape(line.strip()) for line in template.split("\n") if line.startswith("#")]
+    pattern = re.compile(rf"(?m)^(?={'|'.join(headings)})#" if headings else "(?!)")
+
+    def pose(**values):
+        values = {name: pattern.sub("# ", text) for name, text in values.items()}
+        return Prompt([*before, {"role": "user", "content": fill(template, **values)}])
+    return pose
 
 
 def _spent(found):

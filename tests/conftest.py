@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
-    config.addinivalue_line("markers", "pictures: draws the pictures of its runs (see quick_pictures)")
+    config.addinivalue_line("markers", "pictures: draws the pictures of its runs (see quick_runs)")
     config.addinivalue_line("markers", "house: this repository's rules of layout, not a fork's; runs only with --house")
 
 
@@ -85,7 +85,7 @@ LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
 
 
 @pytest.fixture(autouse=True)
-def quick_pictures(request, monkeypatch):
+def quick_runs(request, monkeypatch):
     """A picture takes half a second, and a run draws several. Within a test's own process a run leaves an empty PNG
     instead, unless the test is marked `pictures`; fixtures of a wider scope and other processes draw."""
     if "pictures" in request.keywords:
@@ -94,6 +94,8 @@ def quick_pictures(request, monkeypatch):
         if name in sys.modules:
             quick = types.SimpleNamespace(plot=lambda runs, path: leave_png(path))
             monkeypatch.setattr(sys.modules[name], "plots", quick)
+    if "lsp" in sys.modules:                        # and fewer queries behind a row's figures of the Challenger
+        monkeypatch.setattr(sys.modules["lsp"], "FRESH", (48, 16))
 
 
 def leave_png(path):

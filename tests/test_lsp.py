@@ -437,7 +437,7 @@ def test_grpo_never_sees_a_held_out_query(base, monkeypatch):
     assert len(set(seen)) == 24 and {world.split(q) for q in seen} == {"train"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(dtype, base, dies_in):
     """It dies in the fourth step, one after the last saved state; in bfloat16 the float32 masters come back too."""
     settings = SMALL | dict(dtype=dtype, eval_every=3)

@@ -161,7 +161,7 @@ FORKS = {"hinge": ["sppo.py", "--loss", "hinge", *SHORT],
          "drop": ["sppo.py", "--world", "drop", *SHORT], "counting": ["sppo.py", "--world", "counting", *SHORT]}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "counting" else name
+@pytest.mark.parametrize("name", [name if name == "drop" else pytest.param(name, marks=pytest.mark.slow)
                                   for name in PATCHES])
 def test_forks(name, base, tmp_path):
     """The patches, as a reader would use them: short, they apply, and what they add is at work."""

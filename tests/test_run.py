@@ -361,7 +361,7 @@ def test_a_finished_run_may_grow():
 def test_further_iterations_may_have_further_sources():
     run.Run("r", Growing(prompts="a.jsonl,b.jsonl")).save_state(iteration=3, step=0)
     for wrong in ("a.jsonl,b.jsonl.gz", "a.jsonl", "b.jsonl,a.jsonl,c.jsonl"):
-        with pytest.raises(UserError, match=f"now it is {wrong}; give the same --prompts, or further sources behind"):
+        with pytest.raises(UserError, match=f"now it is {wrong}; give the same --prompts .a comma and further sources may"):
             run.Run("r", Growing(iterations=3, prompts=wrong), resume=True)
     assert run.Run("r", Growing(iterations=3, prompts="a.jsonl,b.jsonl,c.jsonl"), resume=True).state["iteration"] == 3
     config = json.load(open("r/config.json"))

@@ -806,6 +806,7 @@ def test_resuming_a_finished_run_changes_nothing(base, capsys):
     assert contents("done") == before and json.load(open("done/summary.json"))["evaluations"] == evaluations
 
 
+@pytest.mark.slow
 def test_bfloat16_with_truncated_sampling_resumes_bit_for_bit(base):
     """The float32 masters are part of the state: without them a resumed bfloat16 run would take another path."""
     options = {**SMALL, "dtype": "bfloat16", "top_p": 0.9, "top_k": 20, "optimizer": "rmsprop", "lr": 1e-4}
