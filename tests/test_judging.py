@@ -10,7 +10,6 @@ import shutil
 import sys
 import threading
 import time
-
 import types
 
 import pytest
