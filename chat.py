@@ -104,13 +104,15 @@ def read_prompts(path, flag="--prompts"):
     or plain .txt, one prompt a line; or the hub's owner/name, owner/name:split or owner/name/config:split, where the
     split is `train` unless it is given. Raises UserError, naming the file and the line, for anything else.
     """
-    name = path.removesuffix(".gz")
+    name = path.lower().removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
         rows = read_rows(flag, path)
     elif name.endswith(".parquet"):
         rows = [(f"row {i}", row) for i, row in enumerate(parquet_rows(path, flag), 1)]
     elif not os.path.exists(path) and not name.endswith(".txt") and HUB.fullmatch(path):
         rows = [(f"row {i}", row) for i, row in enumerate(hub_rows(path, flag), 1)]
+    elif os.path.splitext(name)[1] not in ("", ".txt"):
+        raise run.UserError(f"{flag} {path} is no .jsonl, .json, .parquet or .txt file; convert it to one of these")
     else:
         lines = enumerate(read_text(flag, path).split("\n"), 1)
         rows = [(f"line {i}", {"prompt": line}) for i, line in lines if line.strip()]
@@ -153,7 +155,7 @@ def parquet_rows(path, flag):
 def read_text(flag, path):
     """The text of a file, gzipped (.gz) or not. Raises UserError, naming the flag, where it cannot be read."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:    # or no BOM
             return file.read()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or ("not UTF-8 text" if isinstance(error, ValueError) else "damaged")
@@ -168,7 +170,7 @@ def read_rows(flag, path, fields={}):
     for where, piece in [(f"line {i}", p) for i, p in enumerate(text.split("\n"), 1)] if lines else [("entry 1", text)]:
         try:
             rows += [(where, json.loads(piece))] if piece.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise run.UserError(f"{flag} {path}{f', {where}' if lines else ''}: malformed JSON ({error}); "
                                 "mend it, or make or download the file again") from None
     if not lines:
@@ -575,6 +577,9 @@ class Template:
             if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
                 raise run.UserError(f"--template-option {name}: the chat template of {path} has no such name; leave it "
                                     "out, or spell it as in its chat_template.jinja")
+        if not isinstance(given.get("enable_thinking", False), bool):
+            raise run.UserError(f"--template-option {options} has enable_thinking neither true nor false; give one of "
+                                "them")
         self.options = TEMPLATE_DATE | off | given
         talk = [{"role": "system", "content": "content0"}, {"role": "user", "content": "content1"}]
         try:

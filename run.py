@@ -584,6 +584,11 @@ def check_out(out, settings, resume, overwrite):
     a_run = os.path.isdir(os.path.join(out, "state")) and (os.path.exists(config) or os.listdir(out) == ["state"])
     if not a_run:
         raise UserError(f"--out {out} holds files that are not a run's; give another --out")
+    for name, value in lasting(settings).items() if overwrite else ():
+        for part in [value, *value.split(","), *value.split(":")] if isinstance(value, str) and name != "out" else ():
+            if part and os.path.exists(part) and os.path.abspath(part).startswith(os.path.abspath(out) + os.sep):
+                raise UserError(f"--overwrite would delete what --{name.replace('_', '-')} {value} names; give another "
+                                "--out")
     if not resume and not overwrite:
         raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
                         "it, or another --out")

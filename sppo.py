@@ -589,7 +589,7 @@ def set_up(argv):
         if job.parts:                                       # what a resumed run must not change
             run.write_json(record.path("state", "initial.json"), {
                 "initial": str(job.base), "iterations": shorter_sessions(began, args) + [args.iterations],
-                "sources": len(sources or []), "size": len(job.parts[0])})
+                "sources": digests(sources), "size": len(job.parts[0])})
         if args.table:                                      # where the phases look for it
             run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
@@ -743,10 +743,15 @@ def check_training_rows(rows, args, job):
 
 
 def earlier_session(args, resume):
-    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": how many
-    --prompts named, "size": prompts of a part}; {} for a new run."""
+    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": digests,
+    "size": prompts of a part}; {} for a new run."""
     path = os.path.join(args.out, "state", "initial.json")
     return run.read_json(path) if resume and os.path.exists(path) else {}
+
+
+def digests(sources):
+    """A number for each source's prompts, by which a resumed run knows them again."""
+    return [run.stream(*map(str, source)) for source in sources or ()]
 
 
 def shorter_sessions(began, args):
@@ -757,8 +762,12 @@ def shorter_sessions(began, args):
 def split_prompts(args, sources=None, began={}):
     """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world. A run
     that goes on with a larger --iterations keeps its held-out prompts, and gets further parts."""
-    same = len(sources or ()) == began.get("sources")
-    if began.get("sources", 0) and not same and glob.glob(os.path.join(glob.escape(args.out), "state", "sampled-*")):
+    before, now = began.get("sources", []), digests(sources)
+    if before != now[:len(before)]:
+        raise run.UserError(f"--prompts {args.prompts} has changed since the run began, which would divide it anew; "
+                            "give it as it was, or begin another run with --model and the last iter-k")
+    same = before == now
+    if before and not same and glob.glob(os.path.join(glob.escape(args.out), "state", "sampled-*")):
         raise run.UserError("--resume: further --prompts divide the prompts anew, and an iteration is half sampled; "
                             "give the same --prompts until it is done")
     size = args.prompts_per_iteration or (began.get("size", 0) if same and len(sources or ()) == 1 else 0)
@@ -770,7 +779,7 @@ def split_prompts(args, sources=None, began={}):
         held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
         return divide(sources, *sizes, held)
     except ValueError as error:
-        more = "; or add sources behind a comma, one for each iteration" if shorter_sessions(began, args) else ""
+        more = " in a new run, with --model and the last iter-k" if shorter_sessions(began, args) else ""
         raise run.UserError(f"--prompts {args.prompts} {error}{more}" if sources else str(error)) from None
 
 

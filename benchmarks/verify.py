@@ -327,14 +327,14 @@ def _reference_text(task, row):
     return None
 
 
-def _reward(task, answer, row):
+def _reward(task, prompt, answer, row):
     reference = _reference_text(task, row)
     if reference is None:
         holds = {"gsm8k": "a number (42, or a text that ends in #### 42)",
                  "math": "the right answer (or a column `solution` with it in \\boxed{})"}[task]
         has = f"only {', '.join(map(str, row))}" if row else "nothing but the prompt"
-        raise run.UserError(f"verify:{task} needs a column `answer` with {holds} in every row of the prompts, and one "
-                            f"has {has}; add it")
+        raise run.UserError(f"verify:{task} needs a column `answer` with {holds} in every row of the prompts, and "
+                            f"{prompt[:40]!r} has {has}; add it")
     return float(mark_answer(task, reference, answer).right)
 
 
@@ -348,7 +348,7 @@ def gsm8k(prompt, answer, row):
     >>> gsm8k("What is 40 + 2?", "It is 42.", {"answer": "40 + 2 = <<40+2=42>>42\\n#### 42"}), gsm8k.bounds
     (1.0, (0, 1))
     """
-    return _reward("gsm8k", answer, row)
+    return _reward("gsm8k", prompt, answer, row)
 
 
 def math(prompt, answer, row):
@@ -357,7 +357,7 @@ def math(prompt, answer, row):
     >>> [math("Half of 1?", text, {"solution": r"It is $\boxed{\frac12}$."}) for text in (r"\boxed{0.5}", "0.5")]
     [1.0, 0.0]
     """
-    return _reward("math", answer, row)
+    return _reward("math", prompt, answer, row)
 
 
 gsm8k.bounds = math.bounds = (0, 1)
@@ -551,6 +551,9 @@ def _check(args):
                             "out")
     if args.task != "math" and args.checker != "rules":
         raise run.UserError(f"--checker {args.checker} is for --task math; leave it out")
+    inputs = [os.path.abspath(path) for path in (args.answers, args.references) if path]
+    if args.marks and os.path.abspath(args.marks) in inputs:
+        raise run.UserError(f"--marks {args.marks} would be written over what is checked; give another file")
     if args.marks and not os.access(os.path.dirname(args.marks) or ".", os.W_OK):
         raise run.UserError(f"--marks {args.marks} cannot be written; give a file in a directory that exists")
 

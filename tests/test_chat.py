@@ -144,6 +144,17 @@ def test_bad_prompts_files(name, content, says):
     assert f"--prompts {name}" in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_endings():
+    """In any case; another one is refused, and a byte order mark is no text."""
+    assert read_prompts(file("P.JSONL", "\ufeff" + rows({"prompt": "a"}))) == ["a"]
+    assert read_prompts(file("p.txt", "\ufeffa\n")) == ["a"]
+    for name in ("p.csv", "rewards.py"):
+        with pytest.raises(UserError, match=f"--prompts {name} is no .jsonl, .json, .parquet or .txt file"):
+            read_prompts(file(name, "a,b\n"))
+    with pytest.raises(UserError, match="--prompts deep.jsonl, line 1: malformed JSON"):
+        read_prompts(file("deep.jsonl", "[" * 100000))
+
+
 def test_files_that_are_no_text():
     with open("p.jsonl", "wb") as f:
         f.write(b"\xff\xfe\x00")
@@ -358,6 +369,8 @@ def test_template_options(chat):
     assert ends["enable_thinking=true"].endswith("assistant\n")
     assert ends["effort=low,enable_thinking=true"].endswith("assistant\nlow")
     assert Template(tokenizer, "x", "enable_thinking=False").options["enable_thinking"] is False    # Python's spelling
+    with pytest.raises(UserError, match="has enable_thinking neither true nor false"):
+        Template(tokenizer, "x", "enable_thinking=off")
     with pytest.raises(UserError, match="--template-option enable_thinkin: the chat template of x has no such name"):
         Template(tokenizer, "x", "enable_thinkin=true")
     for wrong in ("enable_thinking", "=3", "a b=1"):

@@ -176,7 +176,7 @@ def test_a_prompt_without_the_answer_is_refused_before_anything_runs(llama):
                                         out="out")),
                   lambda: sppo.main(argv(**REAL_SPPO, model=start, judge="verify:gsm8k", prompts=prompts, out="out")),
                   lambda: eval.main(["winrate", *argv(model=start, vs=start, judge="verify:gsm8k", prompts=prompts)])):
-        with pytest.raises(UserError, match="^verify:gsm8k needs a column `answer` .* one has only id; add it$"):
+        with pytest.raises(UserError, match="^verify:gsm8k needs a column `answer` .* .* has only id; add it$"):
             begin()
     assert not os.path.exists("out")
 
@@ -295,7 +295,7 @@ def test_iterations_may_grow_on_a_file(base):
     sppo.main([*one, "--out", "out"])
     sppo.main([*one, "--out", "out", "--resume", "--iterations", "2"])
     assert len(set(played("out"))) == len(played("out")) == 30
-    with pytest.raises(UserError, match="has 50 distinct prompts; 3 iterations .*or add sources behind a comma"):
+    with pytest.raises(UserError, match="has 50 distinct prompts; 3 iterations .*in a new run, with --model"):
         sppo.main([*one, "--out", "out", "--resume", "--iterations", "3"])
     every = [*one, "--prompts-per-iteration", "0", "--out", "all"]
     sppo.main(every)
@@ -321,6 +321,28 @@ def test_sources_are_not_added_to_a_half_sampled_iteration(base, dies_in):
         sppo.main([*flags, "--resume", "--iterations", "2", "--prompts", "p.txt,more.txt"])
     sppo.main([*flags, "--resume"])
     assert len(set(played("out"))) == len(played("out")) == 40
+
+
+def test_a_prompts_file_that_changed_is_refused(base):
+    """It would be divided anew, and prompts played twice."""
+    queries = world.OPERATIONS.queries("train", 60)
+    file("p.txt", "\n".join(queries[:50]))
+    file("own.py", "def even(prompt, a, b, row):\n    return 0.5\n")
+    flags = argv(**SPPO | dict(model=base, prompts="p.txt", iterations=1, prompts_per_iteration=10, epochs=1,
+                               validation_prompts=5, test_prompts=5, judge="python:own.py:even", out="out"))
+    sppo.main(flags)
+    file("p.txt", "\n".join(queries))
+    with pytest.raises(UserError, match="--prompts p.txt has changed since the run began"):
+        sppo.main([*flags, "--resume", "--iterations", "2"])
+
+
+def test_overwrite_does_not_delete_what_the_run_needs(base):
+    sppo.main(argv(model=base, out="out", **SPPO | dict(iterations=1)))
+    for start in (lambda: sppo.main(argv(model="out/iter-1", out="out", overwrite=True, **SPPO)),
+                  lambda: lsp.main(argv(model="./out/iter-1", out="out", overwrite=True, **LSP))):
+        with pytest.raises(UserError, match="--overwrite would delete what --model .*out/iter-1 names"):
+            start()
+    assert os.path.exists("out/iter-1/model.safetensors")
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lsp", marks=pytest.mark.slow), "grpo"])

@@ -701,7 +701,7 @@ KILLER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 place = sys.argv.pop(1)
-import run, sppo, torch, winrate
+import model, run, sppo, torch, winrate
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -747,7 +747,7 @@ elif place == "state":              # the state's temporary file is written, not
     on_call(torch, "save", 8, before=False)
 elif place == "checkpoint":         # a checkpoint is written, not yet renamed
     import transformers
-    on_call(transformers.PreTrainedTokenizerBase, "save_pretrained", 2, before=False)
+    on_call(model, "_copy_tokenizer", 2, before=False)
 run.main(sppo.main)
 """
 

@@ -307,6 +307,14 @@ def test_marks_are_written_whole_or_not_at_all(capsys, monkeypatch):
     assert open("marks.jsonl").read() == before and not [name for name in os.listdir() if "tmp" in name]
 
 
+def test_marks_do_not_replace_what_is_checked():
+    answers = write("a.jsonl", [{"question": "q", "answer": "#### 4", "output": "#### 4"}])
+    before = open(answers).read()
+    with pytest.raises(UserError, match="--marks ./a.jsonl would be written over what is checked"):
+        eval.main(["verify", "--task", "gsm8k", "--answers", answers, "--marks", "./a.jsonl"])
+    assert open(answers).read() == before
+
+
 def test_columns_with_the_answer(capsys):
     """`completion` beside `output`: humaneval's own column is read for humaneval; an empty column is none."""
     both = [{**PROBLEM, "output": "I explain first.", "completion": BODY}]
@@ -370,7 +378,7 @@ def test_rewards():
 
 
 @pytest.mark.parametrize("function, row, says", [
-    (checks.gsm8k, {"prompt": "q"}, "verify:gsm8k needs a column `answer` with a number .* one has only prompt; add it"),
+    (checks.gsm8k, {"prompt": "q"}, "verify:gsm8k needs a column `answer` with a number .* has only prompt; add it"),
     (checks.gsm8k, {"answer": "yes"}, "needs a column `answer` with a number"), (checks.gsm8k, {}, "nothing but the prompt"),
     (checks.gsm8k, {"answer": True}, "needs a column"),
     (checks.math, {"answer": "  "}, "verify:math needs a column `answer`"),
