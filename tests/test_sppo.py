@@ -746,7 +746,6 @@ elif place == "trained":            # iteration 1's checkpoint has its final nam
 elif place == "state":              # the state's temporary file is written, not yet renamed
     on_call(torch, "save", 8, before=False)
 elif place == "checkpoint":         # a checkpoint is written, not yet renamed
-    import transformers
     on_call(model, "_copy_tokenizer", 2, before=False)
 run.main(sppo.main)
 """
