@@ -57,6 +57,7 @@ import re
 
 import torch
 
+import challenger
 import kernels
 import model
 import plots
@@ -65,7 +66,7 @@ import rollout
 import run
 import winrate
 import world
-from chat import Chat, as_row, extract_query, fill, in_steps, read_prompts, read_template, shortened, without_thinking
+from chat import Chat, as_row, in_steps, read_prompts, shortened, without_thinking
 from run import flag
 
 # What a setting is when its flag is not given and real models play: Table 1's, and where the paper is silent what the
@@ -86,29 +87,6 @@ PRESETS = {"paper": dict(
 PRESETS["trl-grpo"] = PRESETS["paper"] | dict(mode="grpo", lr=1e-6, kl="k2-token", normalise="token",
                                               std_normalise=True)
 
-# The content of the paper's Box 1. {task} and {template} are filled in; in the template the curly brackets stay, for
-# the Challenger to fill.
-CHALLENGER_PROMPT = """\
-A language task is a pair: an input, and the output that fits it. You write inputs.
-
-Write ONE input for the task '{task}'. Another agent will receive it and has to give the output. The input may be \
-easy, of middling difficulty, hard, or noisy. Try to find the agent's limits, or to make it think in a way it is not \
-used to.
-
-Between [Start Generation] and [End Generation] there is a template: '
-[Start Generation]
-{template}
-[End Generation]
-' Copy the template without these two tags, and put text of your own where it has names in curly brackets.
-
-Keep in mind:
-- Give the input alone: no output, no hint, nothing that leaks the answer.
-- Ask for nothing that an agent who only reads and writes language cannot do.
-- Stop as soon as the template is filled.
-- Neither of the two tags may appear in what you write.
-- If the task and the template are empty, use your best judgment.
-"""
-
 
 @dataclasses.dataclass
 class Settings(run.CommonSettings):
@@ -123,11 +101,16 @@ class Settings(run.CommonSettings):
         "world's base")
     init: str = flag("",
         "start from the last checkpoint of this run's directory instead (LSP after GRPO, or the reverse)")
+    challenger: str = flag("trained",
+        "who asks: trained = the model itself, as it learns; frozen = the initial model, the control that tells what "
+        "the Challenger's learning is worth", ("trained", "frozen"))
     reward: str = flag("", "R(q, a): an embedded world's oracle; reward:DIR_OR_HUB_ID, a sequence classifier with one "
         "label; python:FILE.py:FUNCTION, a function (prompt, answer, row) of your own; or verify:gsm8k, verify:math, "
         "for --mode grpo with prompts that have an `answer`")
     judge: str = flag("", "who judges the final table: what sppo.py's --judge takes [--reward]")
     prompts: str = flag("", "--mode grpo: queries to train on, a file or hub data set as in sppo.py [the world's own]")
+    train_prompts: int = flag(0,
+        "--mode grpo: D, at most so many distinct queries, used again and again; 0 = all there are", at_least=0)
     eval_prompts: str = flag("",
         "prompts of the final table, a file or hub data set [the world's test queries; else some of --prompts, held "
         "out; else the initial model's own queries]")
@@ -191,7 +174,7 @@ def main(argv):
         # -- sample: both parts are the same network under two prompts, so whatever one learns, the other has ---------
         with record.phase("sample"):
             data = job.data[step] if job.data else None
-            game = play(net, job.chat, args, step, job.challenge, data, job.shard)
+            game = play(net, job.chat, args, step, job.challenge, data, job.shard, job.asker, job.held_out)
 
         # -- judge: R from the judge, R_Q from the frozen initial model; then who did better than the group's mean ----
         with record.phase("judge"):
@@ -204,15 +187,15 @@ def main(argv):
         # -- reference: how far each sequence has become likelier than under pi_Ref, for the KL term ------------------
         with record.phase("reference"):
             ratio_sol = reference_ratios(job.ref, game.prompts, game.answer_ids, game.token_logp, args, job.shard)
-            ratio_ch = None                     # where queries come from data there is no Challenger to train
-            if job.challenge is not None:
-                ratio_ch = reference_ratios(job.ref, [job.challenge], [game.query_ids], game.token_logp_q, args,
+            ratio_ch = None                     # queries from data or a frozen Challenger: nobody to train
+            if job.trained is not None:
+                ratio_ch = reference_ratios(job.ref, [job.trained], [game.query_ids], game.token_logp_q, args,
                                             job.shard)
 
         # -- loss, step: L = L_Sol + alpha_ch L_Ch of (4), (5). One step on fresh samples, so that pi/sg(pi) is 1 ------
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         with record.phase("train"):
-            norm = gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, job.challenge, args, lr,
+            norm = gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, job.trained, args, lr,
                                  job.shard)
         bar.update()
         metrics = step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args)
@@ -241,34 +224,31 @@ def main(argv):
 
 
 @dataclasses.dataclass
-class Query:
-    """One query, as text and as ids, with its G answers and what they cost to write."""
-    text: str
+class Play:
+    """One query with its G answers and what they cost to write."""
+    query: challenger.Query
     answers: list                       # G texts, as the judges read them
-    ids: list = ()                      # as the Challenger wrote it; none where queries come from data
     prompt: list = ()                   # the Solver's prompt: ids
     answer_ids: list = ()               # G lists of ids
-    logp_q: list = ()                   # log pi of its tokens under cp, as sampled
     logp: list = ()                     # G lists: log pi of an answer's tokens under the query, as sampled
-    was_cut: bool = False               # did the query reach its length limit?
-    cut_answers: int = 0                # how many of its answers did
+    cut_answers: int = 0                # how many of its answers reached their length limit
 
 
 class Game:
     """One step's play, whole on every rank: N queries with G answers each, a list or tensor for every quantity."""
 
     def __init__(self, plays):
-        self.queries = [play.text for play in plays]                            # N texts
-        self.query_ids = [play.ids for play in plays]                           # N lists of ids
+        self.queries = [play.query.text for play in plays]                      # N texts
+        self.query_ids = [play.query.ids for play in plays]                     # N lists of ids; empty ones on data
         self.prompts = [play.prompt for play in plays]                          # N lists of ids
         self.answers = [play.answers for play in plays]                         # N lists of G texts
         self.answer_ids = [play.answer_ids for play in plays]                   # N lists of G lists of ids
         self.token_logp = [logp for play in plays for logp in play.logp]        # N * G lists, a float for each token
-        self.token_logp_q = [play.logp_q for play in plays]                     # N lists
+        self.token_logp_q = [play.query.logp for play in plays]                 # N lists
         self.logp = torch.tensor([[sum(logp) for logp in play.logp] for play in plays])         # [N, G]
-        self.logp_q = torch.tensor([float(sum(play.logp_q)) for play in plays])                 # [N]
+        self.logp_q = torch.tensor([float(sum(logp)) for logp in self.token_logp_q])            # [N]
         self.cut = sum(play.cut_answers for play in plays) / sum(len(play.answers) for play in plays)
-        self.cut_queries = sum(play.was_cut for play in plays) / len(plays)
+        self.cut_queries = sum(play.query.was_cut for play in plays) / len(plays)
 
     @property
     def tokens(self):
@@ -276,36 +256,22 @@ class Game:
         return sum(map(len, self.query_ids)) + sum(len(a) for group in self.answer_ids for a in group)
 
 
-def play(net, chat, args, step, challenge, data=None, shard=(0, 1)):
-    """Phase `sample`: N queries, the Challenger's to its prompt `challenge` (ids) or the given `data`, and the Solver's
-    G answers to each. Every rank plays its share, with random streams that belong to the query's number."""
+def play(net, chat, args, step, challenge, data=None, shard=(0, 1), asker=None, held_out=None):
+    """Phase `sample`: N queries, by `asker` (None: net itself) to the prompt `challenge` (ids) or the given `data`, and
+    the Solver's G answers to each. Every rank plays its share, with random streams that belong to a query's number."""
     rank, ranks = shard
     mine = range(rank, args.queries, ranks)
-    plays = ([Query(data[i], []) for i in mine] if data else written_queries(net, chat, args, step, challenge, mine))
-    for query in plays:
-        query.prompt = chat.encode(query.text)
-    said = rollout.generate(net, [query.prompt for query in plays], args.answers, args.max_new_tokens,
+    asked = ([challenger.Query(data[i]) for i in mine] if data else
+             challenger.ask(asker or net, chat, challenge, args, ("queries", step), mine, held_out))
+    plays = [Play(query, [], chat.encode(query.text)) for query in asked]
+    said = rollout.generate(net, [play.prompt for play in plays], args.answers, args.max_new_tokens,
                             args.temperature, stop_ids=chat.stop_ids, max_rows=args.max_rows,
                             seeds=[run.stream(args.seed, "answers", step) + i for i in mine])
-    for query, ids, logprobs, finish in zip(plays, said.tokens, said.logprobs, said.finish):
-        query.answers = [without_thinking(chat.decode(answer)) for answer in ids]           # what the judges read
-        query.answer_ids, query.logp = ids, logprobs
-        query.cut_answers = finish.count("length")
+    for each, ids, logprobs, finish in zip(plays, said.tokens, said.logprobs, said.finish):
+        each.answers = [without_thinking(chat.decode(answer)) for answer in ids]            # what the judges read
+        each.answer_ids, each.logp = ids, logprobs
+        each.cut_answers = finish.count("length")
     return Game(run.gather(plays, args.queries))
-
-
-def written_queries(net, chat, args, step, challenge, mine):
-    """The Challenger's queries with the numbers `mine`: q ~ pi(.|cp). What the Solver reads of one is its text between
-    the template's tags, as far as there is room for an answer; what is scored is all that was written."""
-    said = rollout.generate(net, [challenge] * len(mine), 1, args.max_query_tokens, args.temperature,
-                            stop_ids=chat.stop_ids, max_rows=args.max_rows,
-                            seeds=[run.stream(args.seed, "queries", step) + i for i in mine])
-    room, plays = chat.room(0, args.max_new_tokens), []
-    for (ids,), (logprobs,), (finish,) in zip(said.tokens, said.logprobs, said.finish):
-        text = extract_query(without_thinking(chat.decode(ids)))
-        text = shortened(text, lambda part: len(chat.encode(part)) <= room)
-        plays.append(Query(text, [], ids, logp_q=logprobs, was_cut=finish == "length"))
-    return plays
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,11 +433,12 @@ def figures_of(step, job):
         return figures
     stage, spoken = step - 1 if step else "base", world.WORLDS.get(args.world)
     asking = dataclasses.replace(args, queries=FRESH[not spoken], answers=1, max_new_tokens=1)      # answers: not used
-    game = play(job.net if step else job.ref, job.chat, asking, ("figures", stage), job.challenge, shard=job.shard)
-    asked = winrate.query_metrics(game.queries, spoken)
+    game = play(job.net if step else job.ref, job.chat, asking, ("figures", stage), job.challenge, shard=job.shard,
+                asker=job.asker if step else job.ref)
+    asked = challenger.query_metrics(game.queries, game.query_ids, spoken)
     if spoken:
         seed = run.stream(args.seed, "figures", stage)
-        asked["base_accuracy"] = winrate.base_accuracy(game.queries, spoken, job.ref, job.chat, seed)
+        asked["base_accuracy"] = challenger.base_accuracy(game.queries, spoken, job.ref, job.chat, seed)
     return asked | figures
 
 
@@ -523,10 +490,11 @@ def step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args):
     if R_Q is not None:
         metrics["self_reward"] = float(R_Q.mean())
     if ratio_ch is not None:
-        metrics |= {"kl_challenger": float(ratio_ch[0].mean()), "entropy_challenger": float(-game.logp_q.mean()),
-                    "advantage_challenger": float(A_ch.abs().mean()), "cut_queries": game.cut_queries,
+        metrics |= {"kl_challenger": float(ratio_ch[0].mean()), "advantage_challenger": float(A_ch.abs().mean())}
+    if any(game.query_ids):
+        metrics |= {"entropy_challenger": float(-game.logp_q.mean()), "cut_queries": game.cut_queries,
                     "query_tokens": sum(map(len, game.query_ids)) / len(game.query_ids),
-                    **winrate.query_metrics(game.queries, world.WORLDS.get(args.world))}
+                    **challenger.query_metrics(game.queries, game.query_ids, world.WORLDS.get(args.world))}
     return metrics
 
 
@@ -534,7 +502,9 @@ def line(step, steps, m):
     """A step's printed line, from its metrics m."""
     text = f"step {step}/{steps}: reward {m['reward']:.3f}, {m['cut']:.0%} cut, KL of the Solver {m['kl_solver']:+.2f}"
     if "kl_challenger" in m:
-        text += f", of the Challenger {m['kl_challenger']:+.2f}; queries: "
+        text += f", of the Challenger {m['kl_challenger']:+.2f}"
+    if "query_tokens" in m:
+        text += "; queries: "
         if "malformed" in m:
             text += f"malformed {m['malformed']:.1%}, {m['ops']:.2f} operations, "
         text += f"{m['query_tokens']:.0f} tokens, {m['cut_queries']:.0%} cut, {m['distinct']:.0%} distinct"
@@ -547,7 +517,7 @@ def finish(job):
     """The end of a run: the summary, what was asked over time, and where the seconds went."""
     summarised(job)
     if job.shard[0] == 0 and job.challenge is not None:
-        job.record.say(winrate.queries_over_time(job.record.path("samples.jsonl")))
+        job.record.say(challenger.queries_over_time(job.record.path("samples.jsonl")))
     job.record.say_where()
 
 
@@ -569,6 +539,9 @@ class Job:
     judge: object = None                        # gives R
     self_reward: object = None                  # gives R_Q; None in the zero-sum game and on data
     challenge: list = None                      # cp, the Challenger's prompt as ids; None where queries come from data
+    trained: list = None                        # the same; None too where the Challenger is frozen
+    asker: model.Transformer = None             # whom cp is given to: net, or ref where the Challenger is frozen
+    held_out: object = None                     # is this text kept for evaluation? Such a query is written anew
     data: list = None                           # a list of N queries for each step, where they do
     board: winrate.Scoreboard = None
     mute_steps: int = 0                         # how many steps in a row the self-reward could hardly be read
@@ -585,7 +558,7 @@ def set_up(argv):
     job = Job(args, device, (rank, ranks))
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
-    asked, (job.data, test) = challenger_prompt(args), read_data(args)
+    asked, (job.data, test) = challenger.prompt(args), read_data(args)
     job.judge = prefmodel.load(args.reward, device=device, dtype=dtype)
     table_judge = prefmodel.load(args.judge, device=device, dtype=dtype) if args.judge else job.judge
     check_reward(job.judge, args)
@@ -599,6 +572,9 @@ def set_up(argv):
     job.ref = model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False)
     if job.data is None:
         job.challenge = job.chat.encode(asked)
+        job.trained = job.challenge if args.challenger == "trained" else None
+        job.asker = job.net if args.challenger == "trained" else job.ref
+        job.held_out = world.held_out if args.world else set(test or ()).__contains__
     check_prompts(job, test, table_judge)
     if args.mode == "lsp":
         job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
@@ -656,7 +632,8 @@ def settle(args):
     check_models(args)
     defaults = REAL | ({"lr": 1e-6} if args.mode == "grpo" else {})
     if name:
-        paid = "grpo" if args.mode == "grpo" else args.challenger_reward
+        paid = ("grpo" if args.mode == "grpo" else
+                "frozen" if args.challenger == "frozen" else args.challenger_reward)
         if paid not in spoken.lsp_reward:
             raise run.UserError(f"--world {name} has no settings for {paid}; add them to lsp_reward in world.WORLDS")
         defaults = spoken.lsp | spoken.lsp_reward[paid]
@@ -669,17 +646,22 @@ def settle(args):
 def check_mode(args):
     """Raises UserError for flags that do nothing in the mode. What a preset sets for another mode is let go instead."""
     preset = PRESETS.get(args.preset, {})
-    ignored = {"lsp": (), "lsp-zero": ("self_reward", "max_verdict_tokens", "self_reward_prompt"),
-               "grpo": ("self_reward", "max_verdict_tokens", "self_reward_prompt", "alpha_ch", "max_query_tokens",
-                        "challenger_reward", "task", "template", "challenger_prompt")}[args.mode]
+    judging = ("self_reward", "max_verdict_tokens", "self_reward_prompt")
+    asking = ("challenger", "challenger_reward", "alpha_ch", "max_query_tokens", "task", "template", "challenger_prompt")
+    unused = dict.fromkeys({"lsp": (), "lsp-zero": judging, "grpo": judging + asking}[args.mode],
+                           f"in --mode {args.mode}")
+    if args.challenger == "frozen":
+        unused = dict.fromkeys(("challenger_reward", "alpha_ch"), "with --challenger frozen") | unused
     for field in dataclasses.fields(args):
-        if field.name in ignored and getattr(args, field.name) not in (field.default, preset.get(field.name)):
-            raise run.UserError(f"--{field.name.replace('_', '-')} does nothing in --mode {args.mode}; leave it out")
+        if field.name in unused and getattr(args, field.name) not in (field.default, preset.get(field.name)):
+            raise run.UserError(f"--{field.name.replace('_', '-')} does nothing {unused[field.name]}; leave it out")
     if args.self_reward == "expected" and args.max_verdict_tokens is not None:
         raise run.UserError("--max-verdict-tokens is for --self-reward sample; with expected no verdict is written")
     if args.prompts and args.mode != "grpo":
         raise run.UserError(f"--prompts is for --mode grpo; in --mode {args.mode} the Challenger writes the queries "
                             "(--eval-prompts are those of the final table)")
+    if args.train_prompts and args.mode != "grpo":
+        raise run.UserError(f"--train-prompts is for --mode grpo; in --mode {args.mode} there are no training prompts")
     if args.mode != "grpo" and args.reward.startswith("verify:"):
         raise run.UserError(f"--reward {args.reward} knows the answers to --prompts alone, not to what a Challenger "
                             "asks; give --mode grpo")
@@ -734,22 +716,6 @@ def initial_model(args):
 # prompts
 
 
-def challenger_prompt(args):
-    """The Challenger's user turn, cp. Raises UserError for placeholders that nobody would fill."""
-    if args.world:
-        return world.CHALLENGE
-    if re.search(r"[{}]", args.task):
-        raise run.UserError(f"--task {args.task!r} has curly brackets, which nobody fills; name the task in plain "
-                            "words (--template is what the Challenger fills)")
-    if re.search(r"[{}]", re.sub(r"\{\w[^{}]*\}", "", args.template)):
-        raise run.UserError(f"--template {args.template!r} has curly brackets that hold no name or do not match; write "
-                            "{name} for each part that the Challenger is to fill")
-    given = [name for name in ("task", "template") if getattr(args, name)]
-    text = read_template("--challenger-prompt", args.challenger_prompt, CHALLENGER_PROMPT, ("task", "template"),
-                              given)
-    return fill(text, task=args.task, template=args.template)
-
-
 def read_data(args):
     """(training queries of --mode grpo, one list a step, or None; prompts of the final table, or None where the initial
     model has to write them). Raises UserError where there are too few."""
@@ -758,7 +724,7 @@ def read_data(args):
     if args.world:
         spoken = world.WORLDS[args.world]
         if args.mode == "grpo" and not train:
-            train = spoken.queries("train", args.steps * args.queries, args.seed)
+            train = spoken.queries("train", args.train_prompts or args.steps * args.queries, args.seed)
         test = test or spoken.queries("test", args.test_prompts)
         if not all(map(spoken.parse, (train or []) + test)):
             raise run.UserError("the oracle knows only the embedded world's queries; for other --prompts and "
@@ -768,7 +734,9 @@ def read_data(args):
     if train:
         held = set(test)
         train = [p for p in train if p not in held]
-        if len(train) < args.queries:
+        if args.train_prompts and not args.world:
+            train = run.shuffled(train, args.seed, "training prompts")[:args.train_prompts]
+        if len(train) < min(args.queries, args.train_prompts or args.queries):
             raise run.UserError(f"--prompts {args.prompts} leaves {len(train)} prompts to train on beside "
                                 f"{len(test)} of the final table; a step takes --queries {args.queries}: give more, or "
                                 "lower --test-prompts")
@@ -792,6 +760,8 @@ def initial_queries(ref, chat, args, challenge, shard):
 def method(args):
     """What tables and pictures call the run."""
     name = args.mode + (f", {args.challenger_reward}" if args.challenger_reward != "value" else "")
+    name += ", frozen Challenger" if args.challenger == "frozen" else ""
+    name += f" on {args.train_prompts} queries" if args.train_prompts else ""
     before = os.path.join(args.init, "summary.json") if args.init else ""
     return name + (f" after {run.read_json(before)['method']}" if os.path.exists(before) else "")
 

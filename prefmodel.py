@@ -278,6 +278,7 @@ class OracleJudge(RewardFunction):
 
     def __init__(self, world):
         super().__init__("oracle", lambda query, answer, row: world.score(query, answer), 6.0, (0.0, 1.0))
+        self.spoken = world                     # whose queries it can judge
 
 
 class StylesJudge(PreferenceFunction):

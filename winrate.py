@@ -142,6 +142,7 @@ class Scoreboard:
         self.record, self.chat, self.judge, self.prompts, self.sampling = record, chat, judge, prompts, sampling
         self.seed, self.shard = seed, shard
         self.rows_file, self.base_file = (record.path("state", name) for name in ("evaluations.json", "base_side.json"))
+        self.harder = harder_prompts(judge, chat, sampling, len(prompts["test"][0]) if "test" in prompts else 0)
         self.rows = run.read_json(self.rows_file)["evaluations"] if os.path.exists(self.rows_file) else []
         known = run.read_json(self.base_file) if os.path.exists(self.base_file) else {}
         self.base = {name: Opponent(**answers) for name, answers in known.items()}
@@ -165,6 +166,8 @@ class Scoreboard:
         texts, ids = self.prompts["test"]
         row = against(net, self.chat, texts, ids, self.base["test"], self.judge, self.sampling, self.seed, name,
                       self.shard)
+        if self.harder:
+            row["harder"] = {kind: self.accuracy(net, kind) for kind in self.harder}
         greedy = [] if self.rows else [base_greedy_row(row, self.judge, texts, self.base["test"])]
         row |= more()
         self.rows += [row, *greedy]
@@ -173,12 +176,29 @@ class Scoreboard:
             run.write_json(self.rows_file, {"evaluations": self.rows})
         return row
 
+    def accuracy(self, net, kind):
+        """Share of a harder kind's queries that `net` answers exactly, greedily."""
+        texts, ids = self.harder[kind]
+        ours, _ = answer(net, self.chat, ids, 1, self.sampling, 0, greedy=True, desc=kind, shard=self.shard)
+        return exact(self.judge, texts, ours)
+
     def rate(self, net, name, desc):
         """(win rate, standard error) of one sample a prompt against the base's four, on the prompts `name`."""
         texts, ids = self.prompts[name]
         ours, _ = answer(net, self.chat, ids, 1, self.sampling, run.stream(self.seed, name), desc=desc,
                          shard=self.shard)
         return mean_and_error(verdicts(self.judge, texts, ours, self.base[name].sampled))
+
+
+HARDER = 500            # queries of each harder kind in a table's row, at most
+
+
+def harder_prompts(judge, chat, sampling, count):
+    """{kind: (texts, their ids)}: test queries of the kinds that an embedded world's oracle calls harder, as many as
+    `count` and HARDER allow; {} for any other judge."""
+    spoken, count = getattr(judge, "spoken", None), min(count, HARDER)
+    found = {kind: spoken.queries("test", count, kind=kind) for kind in (spoken.harder if spoken else ())}
+    return {kind: (texts, chat.encode_all(texts, 0, sampling.max_new_tokens)) for kind, texts in found.items()}
 
 
 def kept_epoch(record, t):
@@ -208,7 +228,8 @@ FIGURES = [("win rate", 13, lambda row: f"{row['win_rate']:.3f} ±{row['win_rate
            ("tokens", 7, lambda row: f"{row['mean_length']:.1f}")]
 # and what lsp.py's rows say of the Challenger's queries besides; such a column stands only where a row has it
 QUERIES = [("malformed", 9, "malformed", "{:.1%}"), ("operations", 10, "ops", "{:.2f}"),
-           ("distinct", 8, "distinct", "{:.1%}"), ("base acc. on queries", 20, "base_accuracy", "{:.3f}")]
+           ("distinct", 8, "distinct", "{:.1%}"), ("overlap", 7, "overlap", "{:.3f}"),
+           ("base acc. on queries", 20, "base_accuracy", "{:.3f}")]
 
 
 def decimals(value):
@@ -225,50 +246,22 @@ def table(rows):
     """The evaluations as text, one row a model."""
     queries = [column for column in QUERIES if any(row.get(column[2]) is not None for row in rows)]
     width = max(16, *(len(row["name"]) for row in rows))
-    lines = [" " * width + "".join(f" {heading:>{size}s}" for heading, size, *_ in FIGURES + queries)]
+    harder = [(kind, 8) for kind in rows[0].get("harder", ())]
+    lines = [" " * width + "".join(f" {heading:>{size}s}" for heading, size, *_ in FIGURES + harder + queries)]
     for row in rows:
         cells = [f"{cell(row):>{size}s}" for _, size, cell in FIGURES]
+        cells += [f"{decimals(row.get('harder', {}).get(kind)):>{size}s}" for kind, size in harder]
         for _, size, key, form in queries:
             cells.append(f"{'-' if row.get(key) is None else form.format(row[key]):>{size}s}")
         lines.append(f"{row['name']:{width}s} " + " ".join(cells))
     return "\n".join(lines)
 
 
-def query_metrics(queries, spoken):
-    """What a Challenger's queries are like: share of distinct ones, of empty ones, and where the parser of an embedded
-    world `spoken` knows it, the share malformed and the mean number of operations of the others."""
-    metrics = {"distinct": len(set(queries)) / len(queries), "empty": sum(not q for q in queries) / len(queries)}
-    if spoken:
-        parsed = [spoken.parse(q) for q in queries]
-        good = [p for p in parsed if p]
-        metrics |= {"malformed": 1 - len(good) / len(parsed), "ops": sum(len(p[0]) for p in good) / max(1, len(good))}
-    return metrics
-
-
-def base_accuracy(queries, spoken, base, chat, seed):
-    """How many of the well-formed queries the INITIAL model answers exactly, sampled once: whether a Challenger asks
-    harder things than it did. None where no query is well-formed."""
-    good = [q for q in queries if spoken.parse(q)]
-    return world.accuracy(spoken, base, chat.tokenizer, good, 1, seed) if good else None
-
-
-def queries_over_time(path, times=6, each=3):
-    """Some of the run's queries, from its samples.jsonl: text, a line for each of `times` steps."""
-    rows = {}
-    with open(path) as file:
-        for row in map(json.loads, file):
-            rows.setdefault(row["step"], []).append(row["query"])
-    steps = list(rows)
-    shown = [steps[round(i * (len(steps) - 1) / (times - 1))] for i in range(times)] if len(steps) > times else steps
-    return "queries over time:\n" + "\n".join(
-        f"  step {step:5d}  " + "  |  ".join(repr(q)[1:-1][:60] for q in rows[step][:each]) for step in shown)
-
-
 COLUMNS = {  # of the table over several runs: heading -> key of summary.json's evaluations, digits
     "win rate": ("win_rate", 3), "± s.e. of a run": ("win_rate_se", 3), "greedy vs greedy": ("win_rate_greedy", 3),
     "accuracy, sampled": ("accuracy_sampled", 3), "accuracy, greedy": ("accuracy_greedy", 3),
     "tokens": ("mean_length", 2), "log-ratio of winners": ("logratio_w", 2), "of losers": ("logratio_l", 2),
-    "malformed": ("malformed", 3), "operations": ("ops", 2), "distinct": ("distinct", 3),
+    "malformed": ("malformed", 3), "operations": ("ops", 2), "distinct": ("distinct", 3), "overlap": ("overlap", 3),
     "base accuracy on the queries": ("base_accuracy", 3)}
 
 
@@ -285,7 +278,7 @@ def table_of_runs(summaries):
                                     f"{name}: {other.get(name)} and {one[name]}; give one table to each")
         for row in summary["evaluations"]:
             name = row["name"] if row["name"].startswith("base") else f"{summary['method']}, {row['name']}"
-            groups.setdefault(name, []).append(row)
+            groups.setdefault(name, []).append(row | row.get("harder", {}))
 
     def cell(rows, key, digits):
         values = [sampled_accuracy(row) if key == "accuracy_sampled" else row.get(key) for row in rows]
@@ -296,7 +289,8 @@ def table_of_runs(summaries):
         return mean if low == high or key.endswith("_se") else f"{mean} ({low} to {high})"
 
     every = sum(groups.values(), [])
-    columns = {heading: how for heading, how in COLUMNS.items() if any(row.get(how[0]) is not None for row in every)}
+    known = COLUMNS | {kind: (kind, 3) for row in every for kind in row.get("harder", ())}
+    columns = {heading: how for heading, how in known.items() if any(row.get(how[0]) is not None for row in every)}
     lines = ["| | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     lines += [f"| {name} | {len(rows)} | " + " | ".join(cell(rows, *how) for how in columns.values()) + " |"
               for name, rows in groups.items()]

@@ -85,6 +85,11 @@ def split(query):
     return "corpus" if part < 9 else "train" if part < 13 else "validation" if part < 14 else "test"
 
 
+def held_out(query):
+    """Is this text kept for evaluation? Nobody may train on it, wherever it comes from."""
+    return split(query) in ("validation", "test")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a world: its language and oracle, its corpus, its constants
 
@@ -120,6 +125,8 @@ class World:
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+    # kinds of queries harder than the ordinary ones: what random_query is told. Tables have a column for each
+    harder: dict = dataclasses.field(default_factory=dict)
     # what a setting of sppo.py and lsp.py is when its flag is not given
     sppo: dict = dataclasses.field(default_factory=dict)
     sppo_loss: dict = dataclasses.field(default_factory=dict)       # by --loss
@@ -132,10 +139,12 @@ class World:
         """What the tokenizer keeps whole besides single letters."""
         return [*self.ops, " then ", ":", "|", "challenge", "judge"]
 
-    def random_query(self, rng):
-        """One to three operations (with probability .5, .35, .15) on three to five letters."""
-        ops = [rng.choice(list(self.ops)) for _ in range(rng.choices((1, 2, 3), (0.5, 0.35, 0.15))[0])]
-        return " then ".join(ops) + ":" + "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 5)))
+    def random_query(self, rng, count=0, ops=(), shortest=3):
+        """One to three operations (with probability .5, .35, .15) on three to five letters; or exactly `count`
+        operations, of `ops` alone, on at least `shortest` letters."""
+        count, ops = count or rng.choices((1, 2, 3), (0.5, 0.35, 0.15))[0], list(ops or self.ops)
+        chosen = [rng.choice(ops) for _ in range(count)]
+        return " then ".join(chosen) + ":" + "".join(rng.choice(LETTERS) for _ in range(rng.randint(shortest, 5)))
 
     def parse(self, query):
         """A query's (operations, word), or None if it is malformed. Takes up to 4 operations and words of 2-8 letters.
@@ -180,12 +189,12 @@ class World:
             return 1.0
         return 0.5 * sum(a == b for a, b in zip(answer, right)) / max(len(answer), len(right))
 
-    def queries(self, part, count, seed=0):
-        """`count` distinct queries of one part ("train", "validation", "test", "corpus").
-        Longer lists extend shorter ones."""
-        rng, found = random.Random(f"{part} {seed}"), {}
+    def queries(self, part, count, seed=0, kind=""):
+        """`count` distinct queries of one part ("train", "validation", "test", "corpus"), ordinary ones or of a `kind`
+        in self.harder. Longer lists extend shorter ones."""
+        rng, found = random.Random(f"{part} {seed} {kind}".strip()), {}
         while len(found) < count:
-            query = self.random_query(rng)
+            query = self.random_query(rng, **self.harder.get(kind, {}))
             if split(query) == part:
                 found[query] = None
         return list(found)
@@ -444,6 +453,7 @@ def accuracy(world, net, tokenizer, prompts, temperature, seeds=0):
 # The training settings were picked on validation queries, 8 trials a loss and 9 to 13 a game (docs/settings.md).
 
 OPERATIONS = World(
+    harder={"3 ops": dict(count=3), "4 ops": dict(count=4), "weak ops": dict(ops=tuple(MISREAD), shortest=4)},
     sppo=dict(iterations=3, prompts_per_iteration=4096, batch_size=64, all_responses=False, keep="best",
               optimizer="adamw", max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512, chunk=4096,
               validation_prompts=512, test_prompts=2000, print_every=64, save_every=0),
@@ -454,7 +464,8 @@ OPERATIONS = World(
              test_prompts=2000, eval_every=50, print_every=10),
     # With -V ("value") nonsense, whose V is 0, would earn more at a larger scale than the self-reward it forfeits.
     lsp_reward={"value": dict(reward_scale=3.0, alpha_ch=0.02), "spread": dict(reward_scale=12.0, alpha_ch=0.05),
-                "frontier": dict(reward_scale=12.0, alpha_ch=0.05), "grpo": dict(reward_scale=12.0, alpha_ch=0.0)})
+                "frontier": dict(reward_scale=12.0, alpha_ch=0.05), "grpo": dict(reward_scale=12.0, alpha_ch=0.0),
+                "frozen": dict(reward_scale=12.0, alpha_ch=0.0)})
 
 # Letters right and every answer with a style, at shares that are not yet the equilibrium: all there is to learn is the
 # game.

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import challenger
 import kernels
 import lsp
 import model
@@ -18,7 +19,8 @@ import prefmodel
 import run
 import sppo
 import world
-from chat import extract_query, load_checkpoint, read_prompts, shortened
+from challenger import extract_query
+from chat import load_checkpoint, read_prompts, shortened
 from conftest import ROOT, Killed
 from run import UserError
 from test_prefmodel import decoder_checkpoint
@@ -228,7 +230,7 @@ def test_policy_loss_is_linear_logprob_in_one_pass():
 
 
 def a_game(queries, answers):
-    return lsp.Game([lsp.Query(query, group) for query, group in zip(queries, answers)])
+    return lsp.Game([lsp.Play(challenger.Query(query), group) for query, group in zip(queries, answers)])
 
 
 def self_reward(net, chat, s):
@@ -337,13 +339,13 @@ def test_a_query_longer_than_the_reward_model_reads(llama, llama3, tmp_path):
 
 def test_the_challengers_prompt(tmp_path):
     s = settle(**REAL, model="m", task="Cooking", template="Dish: {dish}\nGuests: {number of guests}")
-    text = lsp.challenger_prompt(s)
+    text = challenger.prompt(s)
     s = dataclasses.replace(s, template="")
     assert "the task 'Cooking'" in text and "[Start Generation]\nDish: {dish}\nGuests: {number of guests}\n[End" in text
     (tmp_path / "p.txt").write_text("One {task} puzzle as JSON: {{\"puzzle\": ...}}")
-    assert lsp.challenger_prompt(dataclasses.replace(s, challenger_prompt=str(tmp_path / "p.txt"))
+    assert challenger.prompt(dataclasses.replace(s, challenger_prompt=str(tmp_path / "p.txt"))
                                  ) == 'One Cooking puzzle as JSON: {"puzzle": ...}'
-    assert lsp.challenger_prompt(settle()) == world.CHALLENGE
+    assert challenger.prompt(settle()) == world.CHALLENGE
 
 
 @pytest.mark.parametrize("settings, says", [
@@ -353,7 +355,7 @@ def test_the_challengers_prompt(tmp_path):
 def test_placeholders_that_nobody_fills(settings, says):
     open("bad.txt", "w").write("Write one input for {tsak}.")
     with pytest.raises(UserError, match=says):
-        lsp.challenger_prompt(settle(**REAL, model="m", **settings))
+        challenger.prompt(settle(**REAL, model="m", **settings))
 
 
 def test_a_rubric_without_its_placeholders(natural):
@@ -375,7 +377,7 @@ def test_initial_queries_fit_and_are_not_blank(natural, monkeypatch):
     """Prompts of the table out of the initial model: those too long to be answered, empty or blank are left out."""
     net, chat = natural
     texts = iter(["", "Why?", "why " * 2000, "", "Why?", "Name a prime."] * 2)
-    monkeypatch.setattr(lsp, "extract_query", lambda text: next(texts))
+    monkeypatch.setattr(challenger, "extract_query", lambda text: next(texts))
     s = settle(**REAL | dict(max_new_tokens=3500, test_prompts=6))
     assert lsp.initial_queries(net, chat, s, chat.encode("Ask."), (0, 1)) == ["Why?", "Name a prime."]
 
@@ -384,14 +386,14 @@ def test_a_flag_that_the_given_prompt_has_no_place_for():
     open("p.txt", "w").write("Ask about {task}.")
     s = settle(**REAL, model="m", task="Cooking", template="Dish: {dish}", challenger_prompt="p.txt")
     with pytest.raises(UserError, match="lacks {template}"):
-        lsp.challenger_prompt(s)
+        challenger.prompt(s)
 
 
 def test_a_query_that_leaves_no_room_is_cut(natural, monkeypatch):
     """Re-encoded it may be longer than it was sampled: the text is cut, and still answered."""
     net, chat = natural
     s = settle(**REAL | dict(queries=2, max_query_tokens=8))
-    monkeypatch.setattr(lsp, "extract_query", lambda text: "why " * 4000)
+    monkeypatch.setattr(challenger, "extract_query", lambda text: "why " * 4000)
     game = lsp.play(net, chat, s, 0, chat.encode("Ask."))
     assert all(1000 < len(p) <= chat.context - s.max_new_tokens for p in game.prompts)
     assert all(q and set(q.split()) <= {"why", "wh", "w"} for q in game.queries)
@@ -428,9 +430,9 @@ def test_a_run(mode, base):
 def test_grpo_never_sees_a_held_out_query(base, monkeypatch):
     seen, play = [], lsp.play
 
-    def watched(net, chat, s, step, challenge, data, shard):
+    def watched(net, chat, s, step, challenge, data, *rest):
         seen.extend(data)
-        return play(net, chat, s, step, challenge, data, shard)
+        return play(net, chat, s, step, challenge, data, *rest)
 
     monkeypatch.setattr(lsp, "play", watched)
     lsp.main(argv(model=base, out="out", mode="grpo", **SMALL))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import challenger
 import lsp
 import model
 import run
@@ -72,7 +73,7 @@ def sampled(net):
     with torch.no_grad():
         logprob, row, rows = model.response_logprobs(net, PROMPTS, COMPLETIONS)
     pieces = [piece.tolist() for piece in logprob.split(row.bincount().tolist())]
-    return lsp.Game([lsp.Query("", [""] * 4, prompt=prompt, answer_ids=answers, logp=pieces[4 * i:4 * i + 4])
+    return lsp.Game([lsp.Play(challenger.Query(""), [""] * 4, prompt=prompt, answer_ids=answers, logp=pieces[4 * i:4 * i + 4])
                      for i, (prompt, answers) in enumerate(zip(PROMPTS, COMPLETIONS))])
 
 

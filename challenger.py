@@ -1,0 +1,154 @@
+"""The Challenger: who asks where there is no data.
+
+It is the model itself under a fixed prompt cp that wants one query: q ~ pi(.|cp) (LSP, arXiv 2509.07414, section 3 and
+Box 1). lsp.py pays it for what it asks; `sppo.py --prompts challenger` only lets it ask. Here stand cp, the way from
+what was written to a query, and what can be said of many queries: how many are malformed, how hard, how much alike.
+
+A query that is kept for evaluation is written anew: neither the Solver nor the Challenger may learn from it, and a
+Challenger meets such queries by itself.
+"""
+
+import dataclasses
+import json
+import re
+
+import rollout
+import run
+import world
+from chat import fill, read_template, shortened, without_thinking
+
+# The content of the paper's Box 1. {task} and {template} are filled in; in the template the curly brackets stay, for
+# the Challenger to fill.
+PROMPT = """\
+A language task is a pair: an input, and the output that fits it. You write inputs.
+
+Write ONE input for the task '{task}'. Another agent will receive it and has to give the output. The input may be \
+easy, of middling difficulty, hard, or noisy. Try to find the agent's limits, or to make it think in a way it is not \
+used to.
+
+Between [Start Generation] and [End Generation] there is a template: '
+[Start Generation]
+{template}
+[End Generation]
+' Copy the template without these two tags, and put text of your own where it has names in curly brackets.
+
+Keep in mind:
+- Give the input alone: no output, no hint, nothing that leaks the answer.
+- Ask for nothing that an agent who only reads and writes language cannot do.
+- Stop as soon as the template is filled.
+- Neither of the two tags may appear in what you write.
+- If the task and the template are empty, use your best judgment.
+"""
+ATTEMPTS = 10                   # so often a query is written anew while it is one that is kept for evaluation
+
+
+def prompt(args):
+    """cp, the Challenger's user turn: a text. args: world, or task, template and challenger_prompt (settings of lsp.py
+    and sppo.py). Raises UserError for placeholders that nobody would fill."""
+    if args.world:
+        return world.CHALLENGE
+    if re.search(r"[{}]", args.task):
+        raise run.UserError(f"--task {args.task!r} has curly brackets, which nobody fills; name the task in plain "
+                            "words (--template is what the Challenger fills)")
+    if re.search(r"[{}]", re.sub(r"\{\w[^{}]*\}", "", args.template)):
+        raise run.UserError(f"--template {args.template!r} has curly brackets that hold no name or do not match; write "
+                            "{name} for each part that the Challenger is to fill")
+    given = [name for name in ("task", "template") if getattr(args, name)]
+    text = read_template("--challenger-prompt", args.challenger_prompt, PROMPT, ("task", "template"), given)
+    return fill(text, task=args.task, template=args.template)
+
+
+def extract_query(text):
+    """The query in what the Challenger wrote: what stands between the template's tags if it echoed them, trimmed.
+
+    >>> extract_query("[Start Generation]\\nWhat is 2 + 2? [End Generation] Done."), extract_query(" Why?[End Gener")
+    ('What is 2 + 2?', 'Why?')
+    """
+    start = list(re.finditer(r"\[\s*start generation\s*\]", text, re.IGNORECASE))
+    text = text[start[-1].end():] if start else text
+    end = re.search(r"\[\s*end generation\s*\]|\[\s*end\s[a-z]{0,10}$", text, re.IGNORECASE)     # perhaps cut
+    return (text[:end.start()] if end else text).strip()
+
+
+@dataclasses.dataclass
+class Query:
+    """One query, as the Solver reads it, and what it cost to write."""
+    text: str
+    ids: list = ()                      # as the Challenger wrote it; none where queries come from data
+    logp: list = ()                     # log pi of its tokens under cp, as sampled
+    was_cut: bool = False               # did it reach its length limit?
+
+
+def ask(net, chat, challenge, args, names, numbers, held_out=None):
+    """A Query for each of the `numbers`: q ~ pi(.|cp), where `challenge` is cp as ids. What the Solver reads of one is
+    its text between the template's tags, as far as there is room for an answer; ids and logp are all that was written.
+
+    names: a query's random stream belongs to them and to its number. held_out: of a text, whether it is kept for
+    evaluation. Raises UserError where one query is that after ATTEMPTS attempts.
+    """
+    room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
+    for attempt in range(ATTEMPTS):
+        stream = run.stream(args.seed, *names, *([attempt] if attempt else []))
+        said = rollout.generate(net, [challenge] * len(missing), 1, args.max_query_tokens, args.temperature,
+                                stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[stream + i for i in missing])
+        for i, (ids,), (logp,), (finish,) in zip(missing, said.tokens, said.logprobs, said.finish):
+            text = extract_query(without_thinking(chat.decode(ids)))
+            text = shortened(text, lambda part: len(chat.encode(part)) <= room)
+            found[i] = Query(text, ids, logp, finish == "length")
+        missing = [i for i in missing if held_out and held_out(found[i].text)]
+        if not missing:
+            return [found[i] for i in numbers]
+    raise run.UserError(f"the Challenger wrote {found[missing[0]].text[:80]!r}, a prompt that is kept for evaluation, "
+                        f"{ATTEMPTS} times in a row; give other --eval-prompts, or a --task that asks for more")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what many queries are like
+
+
+def query_metrics(queries, token_ids, spoken):
+    """What a Challenger's queries (texts, and their lists of ids) are like: share of distinct ones, of empty ones, how
+    much they overlap, and where the parser of an embedded world `spoken` knows it, the share malformed and the mean
+    number of operations of the others."""
+    metrics = {"distinct": len(set(queries)) / len(queries), "empty": sum(not q for q in queries) / len(queries),
+               "overlap": overlap(token_ids)}
+    if spoken:
+        parsed = [spoken.parse(q) for q in queries]
+        good = [p for p in parsed if p]
+        metrics |= {"malformed": 1 - len(good) / len(parsed), "ops": sum(len(p[0]) for p in good) / max(1, len(good))}
+    return metrics
+
+
+def overlap(token_ids):
+    """How much alike sequences are: the Jaccard overlap of two sequences' sets of token bigrams, averaged over all
+    pairs. Sequences may all be distinct and yet be variations on one theme; this sees it. Two without bigrams are
+    equal; fewer than two sequences have overlap 0.
+
+    >>> overlap([[1, 2, 3], [1, 2, 4]]), overlap([[1, 2], [3, 4]]), overlap([[5, 6, 7]] * 3)       # 1 of 3 shared
+    (0.3333333333333333, 0.0, 1.0)
+    """
+    pairs, total, bigrams = 0, 0.0, [frozenset(zip(ids, ids[1:])) for ids in token_ids]
+    for i, a in enumerate(bigrams):
+        for b in bigrams[:i]:
+            total += len(a & b) / len(a | b) if a or b else 1.0
+            pairs += 1
+    return total / max(1, pairs)
+
+
+def base_accuracy(queries, spoken, base, chat, seed):
+    """How many of the well-formed queries the INITIAL model answers exactly, sampled once: whether a Challenger asks
+    harder things than it did. None where no query is well-formed."""
+    good = [q for q in queries if spoken.parse(q)]
+    return world.accuracy(spoken, base, chat.tokenizer, good, 1, seed) if good else None
+
+
+def queries_over_time(path, times=6, each=3):
+    """Some of the run's queries, from its samples.jsonl: text, a line for each of `times` steps."""
+    rows = {}
+    with open(path) as file:
+        for row in map(json.loads, file):
+            rows.setdefault(row["step"], []).append(row["query"])
+    steps = list(rows)
+    shown = [steps[round(i * (len(steps) - 1) / (times - 1))] for i in range(times)] if len(steps) > times else steps
+    return "queries over time:\n" + "\n".join(
+        f"  step {step:5d}  " + "  |  ".join(repr(q)[1:-1][:60] for q in rows[step][:each]) for step in shown)
