@@ -1,15 +1,16 @@
 """Prompts and text: prompt files and hub data sets, prompt templates, a checkpoint's tokenizer and chat template.
 
-Three kinds of text meet in a run. A *prompt* is what is to be answered: a person's words, or a conversation that ends
-with them (`Prompt`); `read_prompts` takes the layouts that people have. A *table* holds prompts with their answers and
-a judge's verdicts, and is what the phases of SPPO hand on to each other. A *turn* is one message of a conversation;
-`Chat` turns conversations into token ids through the checkpoint's own chat template, and back. Prompt texts with
-placeholders, such as the Challenger's or a judge's, are checked by `read_template` and filled in by `fill`.
+Two kinds of text meet in a run. A *prompt* is what is to be answered: a person's words, or a conversation that ends
+with them (`Prompt`); `read_prompts` takes the layouts that people have, and `divide` shares them out between training,
+validation and test. A *turn* is one message of a conversation; `Chat` turns conversations into token ids through the
+checkpoint's own chat template, and back. Prompt texts with placeholders, such as the Challenger's or a judge's, are
+checked by `read_template` and filled in by `fill`.
 
 Every text here is data, whoever wrote it: `breaker` spoils the marks by which a tokenizer tells turns apart, so that no
 text can pose as a turn, a header or an end to whoever reads it.
 """
 
+import glob
 import gzip
 import json
 import math
@@ -17,9 +18,6 @@ import os
 import re
 import zlib
 
-import torch
-
-import kernels
 import model
 import run
 
@@ -48,7 +46,7 @@ class Prompt(str):
     """
 
     def __new__(cls, turns, row=None):
-        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [_turn(turn) for turn in turns]
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [as_turn(turn) for turn in turns]
         roles = [turn["role"] for turn in turns]
         if roles[-1:] != ["user"] or "system" in roles[1:]:
             raise ValueError("a conversation needs a user's turn at its end, and a system turn at its beginning alone")
@@ -64,8 +62,9 @@ ROLES = {"human": "user", "gpt": "assistant"}               # ShareGPT's names f
 SYSTEM = ("system", "system_prompt")                        # columns that hold a system turn's text
 
 
-def _turn(turn):
-    """One message as {"role", "content"}: of that layout, ShareGPT's {"from", "value"}, or OpenAI's list of parts."""
+def as_turn(turn):
+    """One message as {"role", "content"}: of that layout, ShareGPT's {"from", "value"}, or OpenAI's list of parts.
+    Raises ValueError, saying what is wrong, for anything else."""
     if not isinstance(turn, dict):
         raise ValueError("a turn is no object with role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -192,7 +191,7 @@ def prompt_of(row, flag, path, where):
     try:
         used, turns = _conversation(row) if isinstance(row, dict) else ((), None)
         if isinstance(turns, list):             # what was answered already is no part of the question
-            users = [i for i, turn in enumerate(turns) if _turn(turn)["role"] == "user"]
+            users = [i for i, turn in enumerate(turns) if as_turn(turn)["role"] == "user"]
             turns = turns[:users[-1] + 1] if users else turns
         if turns and turns_of(Prompt(turns))[-1]["content"].strip():
             return Prompt(turns, {name: value for name, value in row.items() if name not in used and _is_json(value)})
@@ -217,7 +216,7 @@ def _conversation(row):
     for name in SYSTEM:
         if turns and isinstance(row.get(name), str) and row[name].strip():
             turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
-            if _turn(turns[0])["role"] != "system":
+            if as_turn(turns[0])["role"] != "system":
                 return (*used, name), [{"role": "system", "content": row[name]}, *turns]
     return used, turns
 
@@ -292,146 +291,49 @@ def in_steps(prompts, steps, size, seed, keep_order=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the table: prompts, answers, verdicts, one row a prompt, as .jsonl in the columns of the official SPPO code's tables
-#
-#   before judging   prompt, a text or a list of turns; generate_0 ... generate_{K-1}: its turns and the assistant's;
-#                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length"),
-#                    and row, the prompt's other columns, where it has any
-#   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
-#                    the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
-#
-# The official training table has the last five columns alone.
-
-VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
-
-OURS = {"prompt", "row", "prompt_ids", "tokens", "finish", *VERDICTS}
+# the prompts of a run of sppo.py, which stay what they are when it is resumed
 
 
-def answer_texts(row):
-    """The K answers of a table's row, as text."""
-    count = sum(name.startswith("generate_") for name in row)
-    return [row[f"generate_{k}"][-1]["content"] for k in range(count)]
+def earlier_session(args, resume):
+    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": digests,
+    "size": prompts of a part}; {} for a new run."""
+    path = os.path.join(args.out, "state", "initial.json")
+    return run.read_json(path) if resume and os.path.exists(path) else {}
 
 
-def table_row(prompt, texts):
-    """A table's row before judging: a prompt and its answers as text. Plain lists and strings, as the file has them."""
-    turns, beside = turns_of(prompt), getattr(prompt, "row", {})
-    answers = {f"generate_{k}": [*turns, {"role": "assistant", "content": text}] for k, text in enumerate(texts)}
-    return {"prompt": stored(prompt), **({"row": beside} if beside else {}), **answers}
+def digests(sources):
+    """A number for each source's prompts, by which a resumed run knows them again."""
+    return [run.stream(*map(str, source)) for source in sources or ()]
 
 
-def asked(row):
-    """The Prompt of a table's row. Another tool's table has the prompt's other columns beside it."""
-    beside = row.get("row")
-    if not isinstance(beside, dict):
-        beside = {name: value for name, value in row.items() if name not in OURS and not name.startswith("generate_")}
-    return Prompt(row["prompt"], beside)
+def shorter_sessions(began, args):
+    """The --iterations of earlier sessions of the run, where they were fewer."""
+    return [count for count in began.get("iterations", []) if count < args.iterations]
 
 
-def verdict_columns(row, P):
-    """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
-
-    rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents (each between -13.8 and
-    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i.
-    """
-    wins = kernels.phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
-    best, worst = kernels.best_and_worst(wins)
-    return {"probability": P.tolist(), "rm_scores": P.logit(1e-6).mean(-1).tolist(),
-            "chosen": row[f"generate_{best}"], "rejected": row[f"generate_{worst}"],
-            "chosen_probs": float(P[best, worst]),
-            "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
-
-
-def ranked(row, all_responses):
-    """Which of a judged row's answers enter the loss, best first and worst last, and their Phats: (numbers, floats).
-    The numbers are None for the official training table, which knows its winner and loser alone."""
-    if "probability" not in row:
-        return None, [row["chosen_probs_win"], row["chosen_probs_lose"]]
-    wins = kernels.phat(torch.tensor(row["probability"]))                                         # [K]
-    order = wins.argsort(descending=True, stable=True).tolist() if all_responses else kernels.best_and_worst(wins)
-    return list(order), wins[list(order)].tolist()
-
-
-def readable_row(row):
-    """A judged row for a person to read: prompt, answers, and their Phats."""
-    talks, wins = [row["chosen"], row["rejected"]], [row["chosen_probs_win"], row["chosen_probs_lose"]]
-    texts = answer_texts(row) or [talk[-1]["content"] for talk in talks]
-    if "probability" in row:
-        wins = kernels.phat(torch.tensor(row["probability"])).tolist()
-    return {"prompt": asked(row), "responses": texts, "phat": [round(p, 4) for p in wins]}
-
-
-def read_table(path, judged=False, all_responses=False):
-    """The rows of a table: this file's, or the official code's columns `generate_k`, or `chosen` and `rejected`.
-
-    judged: they must hold a judge's verdicts too. Raises UserError, naming file and line, for what cannot be used.
-    """
-    rows = []
+def split_prompts(args, world, sources=None, began={}):
+    """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or else from the embedded
+    world, an entry of world.WORLDS. args: the settings of sppo.py. A run that goes on with a larger --iterations keeps
+    its held-out prompts, and gets further parts."""
+    before, now = began.get("sources", []), digests(sources)
+    if before != now[:len(before)]:
+        raise run.UserError(f"--prompts {args.prompts} has changed since the run began, which would divide it anew; "
+                            "give it as it was, or begin another run with --model and the last iter-k")
+    same = before == now
+    if before and not same and glob.glob(os.path.join(glob.escape(args.out), "state", "sampled-*")):
+        raise run.UserError("--resume: further --prompts divide the prompts anew, and an iteration is half sampled; "
+                            "give the same --prompts until it is done")
+    size = args.prompts_per_iteration or (began.get("size", 0) if same and len(sources or ()) == 1 else 0)
+    sizes = args.iterations, size, args.validation_prompts, args.test_prompts, args.seed
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise run.UserError(f"--table {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
-                        "give the .jsonl that --stage sample or judge wrote") from None
-    for i, line in enumerate(lines):
-        try:
-            if line.strip():
-                rows.append(_table_row(json.loads(line), judged, all_responses))
-                if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
-                    raise ValueError("every row needs as many answers as the first")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise run.UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
-    if not rows:
-        raise run.UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
-    return rows
-
-
-def _table_row(row, judged, all_responses):
-    """The row, checked: conversations as lists of turns, `prompt` and the verdicts filled in where they follow from the
-    rest."""
-    K = sum(name.startswith("generate_") for name in row)
-    names = [f"generate_{k}" for k in range(K)] + [name for name in ("chosen", "rejected") if name in row]
-    talks = [row[name] for name in names if not isinstance(row[name], str)] or [[]]
-    before = talks[0][:-1]                                  # the turns that an answer follows
-    if "prompt" not in row or before and isinstance(row["prompt"], str) and before[-1]["content"] == row["prompt"]:
-        row["prompt"] = before                              # some tables give the last of them alone as `prompt`
-    if not row["prompt"]:
-        raise KeyError("prompt")
-    row["prompt"] = stored(asked(row))
-    turns = turns_of(asked(row))
-    for name in names:
-        if isinstance(row[name], str):
-            row[name] = [*turns, {"role": "assistant", "content": row[name]}]
-        *said, answer = [_turn(turn) for turn in row[name]]
-        if said != turns or answer["role"] != "assistant":
-            raise TypeError
-        row[name] = [*said, answer]
-    if not judged:
-        row["generate_0"]
-    elif all_responses:
-        row["probability"]
-    if "probability" in row:
-        P = torch.tensor(row["probability"], dtype=torch.float32)
-        if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
-            raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
-        row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
-    for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
-        row["chosen"], row["rejected"]
-        if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
-            raise ValueError(f"{name} {row[name]} is not in [0, 1]")
-    return row
-
-
-def _reason(error, judged):
-    if isinstance(error, KeyError) and judged and error.args[0] in ("probability", "chosen", "chosen_probs_win"):
-        return f"no column {error.args[0]}; judge the table first (--stage judge)"
-    if isinstance(error, KeyError):
-        return f"no column {error.args[0]}; a table has prompt and generate_0 ..., or chosen and rejected"
-    if isinstance(error, json.JSONDecodeError):
-        return f"malformed JSON ({error.msg}); mend or remove the line"
-    return f"{error}; make the table again" if type(error) is ValueError else (
-        "prompt must be a text or a list of turns, and generate_k, chosen and rejected those turns and one by the "
-        "assistant, as lists of {role, content} (or the answer's text alone); make the table again")
+        if world:
+            return world.divide(*sizes, shorter_sessions(began, args))
+        files = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
+        held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
+        return divide(sources, *sizes, held)
+    except ValueError as error:
+        more = " in a new run, with --model and the last iter-k" if shorter_sessions(began, args) else ""
+        raise run.UserError(f"--prompts {args.prompts} {error}{more}" if sources else str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -701,76 +603,6 @@ def load_checkpoint(path, device, dtype, options=""):
     return net, Chat(path, net, options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# from a table to what is trained on: ids
-
-
 def answer_limit(ids, max_new_tokens, max_total_tokens=0):
     """How many tokens the answer to a prompt's ids may have; max_total_tokens bounds the two together, 0 = no bound."""
     return max(1, min(max_new_tokens, max_total_tokens - len(ids) if max_total_tokens else max_new_tokens))
-
-
-def total_decides(args):
-    """With --drop-long-prompts and --max-total-tokens a prompt may be longer than --max-prompt-tokens: it is left out
-    only where an answer that enters the loss is cut by the total."""
-    return args.drop_long_prompts and args.max_total_tokens > 0
-
-
-def encode_prompts(prompts, chat, args):
-    """Ids of prompts to be answered by sppo.py; raises UserError for one that is too long (see Chat.encode_all)."""
-    return chat.encode_all(prompts, 0 if total_decides(args) else args.max_prompt_tokens, args.max_new_tokens,
-                           args.max_total_tokens)
-
-
-def without_long_prompts(prompts, chat, args, rank):
-    """The prompts that there is room for; prints how many were left out."""
-    room = chat.room(0 if total_decides(args) else args.max_prompt_tokens, 1 if args.table else args.max_new_tokens,
-                     args.max_total_tokens)
-    return chat.that_fit(prompts, room, quiet=rank != 0)
-
-
-def training_examples(rows, chat, args, rank=0):
-    """What the loss needs of a judged table: a list of {prompt: ids, responses: n lists of ids, p: their n Phats}, best
-    first, worst last; n = K with --all-responses, else 2. Also statistics of them, a dict for metrics.jsonl. args: the
-    settings of sppo.py.
-
-    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
-    """
-    if args.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
-        fit = set(without_long_prompts([asked(row) for row in rows], chat, args, rank))
-        rows = [row for row in rows if asked(row) in fit]
-    examples, cut, dropped = [], [], 0
-    for row in rows:
-        order, p = ranked(row, args.all_responses)
-        if order is not None and "tokens" in row:           # sampled here: the very ids
-            example = {"prompt": row["prompt_ids"], "responses": [row["tokens"][k] for k in order]}
-            too_long = [row["finish"][k] == "length" for k in order]
-            ends = [end == "length" for end in row["finish"]]
-        else:                                               # text from elsewhere
-            talks = [row["chosen"], row["rejected"]] if order is None else [row[f"generate_{k}"] for k in order]
-            example, too_long = encode_talks(asked(row), talks, chat, args)
-            ends = too_long
-        if any(too_long) and total_decides(args) and len(example["prompt"]) > args.max_prompt_tokens:
-            dropped += 1
-            continue
-        cut += ends
-        examples.append(example | {"p": p})
-    if dropped and rank == 0:
-        print(f"left out {dropped} of {len(rows)} prompts: longer than {args.max_prompt_tokens} tokens, and with an "
-              f"answer that --max-total-tokens {args.max_total_tokens} cuts", flush=True)
-    if not examples:
-        raise run.UserError("no row of the table is left to train on; raise --max-prompt-tokens")
-    statistics = {"phat_best": sum(e["p"][0] for e in examples) / len(examples),
-                  "phat_worst": sum(e["p"][-1] for e in examples) / len(examples),
-                  "tied_share": sum(e["p"][0] == e["p"][-1] for e in examples) / len(examples),
-                  "cut_share": sum(cut) / len(cut)}
-    return examples, statistics
-
-
-def encode_talks(prompt, talks, chat, args):
-    """Answers that are known as text only, through the chat template: ({prompt, responses} as ids, which were cut).
-    An answer that is too long ends where a sampled one would have been cut, without an end token."""
-    ids, = chat.encode_all([prompt], 0 if total_decides(args) else args.max_prompt_tokens, 1, args.max_total_tokens)
-    limit = min(answer_limit(ids, args.max_new_tokens, args.max_total_tokens), chat.context - len(ids))
-    responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
-    return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]

@@ -73,10 +73,11 @@ import rollout
 import run
 import winrate
 import world
-from chat import (Chat, VERDICTS, answer_limit, answer_texts, as_row, asked, divide, encode_prompts, read_prompts,
-                  read_sources, read_table, readable_row, table_row, training_examples, verdict_columns,
-                  without_long_prompts, without_thinking)
+from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_sources, shorter_sessions, split_prompts,
+                  without_thinking)
 from run import flag
+from table import (VERDICTS, answer_texts, asked, encode_prompts, read_table, readable_row, table_row,
+                   training_examples, verdict_columns, without_long_prompts)
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
 # official code (RMSProp, 512 tokens for a prompt and 1,024 for both together; here: 1,024 for the answer). What it is
@@ -283,7 +284,7 @@ def trained(t, examples, statistics, job):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, judge. What passes from phase to phase is a table (chat.py), one row a prompt, in the file table-t.jsonl,
+# sample, judge. What passes from phase to phase is a table (table.py), one row a prompt, in the file table-t.jsonl,
 # so that each phase may run elsewhere (--stage) and other tools' tables can be trained on (--table).
 
 
@@ -573,7 +574,7 @@ def set_up(argv):
     if "prompts" in needs(args):
         if sources and args.drop_long_prompts:
             sources = [without_long_prompts(source, job.chat, args, rank) for source in sources]
-        validation, test, job.parts = split_prompts(args, sources, began)
+        validation, test, job.parts = split_prompts(args, world.WORLDS.get(args.world), sources, began)
         job.held_out = {"validation": (validation, encode_prompts(validation, job.chat, args)),
                         "test": (test, encode_prompts(test, job.chat, args))}
         for part in job.parts:                              # refuse an over-long prompt now, not after an hour
@@ -736,51 +737,6 @@ def check_training_rows(rows, args, job):
     if begun and run.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
         raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
                             "another --out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# prompts
-
-
-def earlier_session(args, resume):
-    """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": digests,
-    "size": prompts of a part}; {} for a new run."""
-    path = os.path.join(args.out, "state", "initial.json")
-    return run.read_json(path) if resume and os.path.exists(path) else {}
-
-
-def digests(sources):
-    """A number for each source's prompts, by which a resumed run knows them again."""
-    return [run.stream(*map(str, source)) for source in sources or ()]
-
-
-def shorter_sessions(began, args):
-    """The --iterations of earlier sessions of the run, where they were fewer."""
-    return [count for count in began.get("iterations", []) if count < args.iterations]
-
-
-def split_prompts(args, sources=None, began={}):
-    """(validation, test, [part 1, ..., part T]): disjoint lists of prompts, from `sources` or the embedded world. A run
-    that goes on with a larger --iterations keeps its held-out prompts, and gets further parts."""
-    before, now = began.get("sources", []), digests(sources)
-    if before != now[:len(before)]:
-        raise run.UserError(f"--prompts {args.prompts} has changed since the run began, which would divide it anew; "
-                            "give it as it was, or begin another run with --model and the last iter-k")
-    same = before == now
-    if before and not same and glob.glob(os.path.join(glob.escape(args.out), "state", "sampled-*")):
-        raise run.UserError("--resume: further --prompts divide the prompts anew, and an iteration is half sampled; "
-                            "give the same --prompts until it is done")
-    size = args.prompts_per_iteration or (began.get("size", 0) if same and len(sources or ()) == 1 else 0)
-    sizes = args.iterations, size, args.validation_prompts, args.test_prompts, args.seed
-    try:
-        if args.world:
-            return world.WORLDS[args.world].divide(*sizes, shorter_sessions(began, args))
-        files = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
-        held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
-        return divide(sources, *sizes, held)
-    except ValueError as error:
-        more = " in a new run, with --model and the last iter-k" if shorter_sessions(began, args) else ""
-        raise run.UserError(f"--prompts {args.prompts} {error}{more}" if sources else str(error)) from None
 
 
 def answer_limits(args):

@@ -11,10 +11,10 @@ import types
 import pytest
 import torch
 
-from chat import (Prompt, Template, as_row, asked, breaker, in_steps, load_checkpoint, prompt_of, read_prompts,
-                  read_table, without_thinking)
+from chat import Prompt, Template, as_row, breaker, in_steps, load_checkpoint, prompt_of, read_prompts, without_thinking
 from conftest import PROMPTS, file, rows
 from run import UserError
+from table import asked, read_table
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

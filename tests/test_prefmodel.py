@@ -25,8 +25,8 @@ import pairrm
 import prefmodel
 import run
 import world
-from chat import answer_texts, read_table, verdict_columns
 from run import UserError
+from table import answer_texts, read_table, verdict_columns
 
 MARKERS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 WORDS = 20  # the word "w7" has id 7 + 4; "1" has id 24

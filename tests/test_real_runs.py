@@ -14,9 +14,10 @@ import lsp
 import run
 import sppo
 import world
-from chat import load_checkpoint, read_prompts, read_table, training_examples
+from chat import load_checkpoint, read_prompts
 from conftest import PROMPTS, Killed, file, is_png, rows
 from run import UserError
+from table import read_table, training_examples, without_long_prompts
 from test_chat import TALK
 from test_lsp import argv, lines
 from test_lsp import SMALL as LSP
@@ -154,7 +155,7 @@ def test_a_long_prompt_stays_where_its_answers_are_short(llama, capsys):
     assert [len(e["prompt"]) > 20 for e in examples] == [True, False] and told["cut_share"] == 0
     assert "left out 1 of 3 prompts: longer than 20 tokens, and with an answer that --max-total-tokens" in (
         capsys.readouterr().out)
-    assert sppo.without_long_prompts([long, "word " * 60], chat, args, 0) == [long]
+    assert without_long_prompts([long, "word " * 60], chat, args, 0) == [long]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

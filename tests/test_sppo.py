@@ -23,10 +23,10 @@ import run
 import sppo
 import winrate
 import world
-from chat import (Chat, answer_texts, encode_prompts, load_checkpoint, read_prompts, read_sources, read_table,
-                  readable_row)
+from chat import Chat, load_checkpoint, read_prompts, read_sources, split_prompts
 from conftest import PROMPTS, ROOT, Killed, is_png
 from run import UserError
+from table import answer_texts, encode_prompts, read_table, readable_row, training_examples, without_long_prompts
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -55,6 +55,11 @@ def settle(**settings):
 
 def sources_of(s):
     return read_sources(s.prompts, s.iterations)
+
+
+def split(s, sources=None):
+    """The run's prompts, out of `sources` or the embedded world."""
+    return split_prompts(s, world.WORLDS.get(s.world), sources)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,11 +157,11 @@ def test_held_out_prompts_never_train(real, seed, prompts_file):
     source = dict(prompts=prompts_file, model="m", judge="pairrm:x") if real else {}
     s = settle(**source, iterations=3, prompts_per_iteration=8, validation_prompts=7, test_prompts=9, seed=seed)
     sources = sources_of(s) if real else None
-    validation, test, parts = sppo.split_prompts(s, sources)
+    validation, test, parts = split(s, sources)
     assert [len(x) for x in (validation, test, *parts)] == [7, 9, 8, 8, 8]
     assert len({*validation, *test, *parts[0], *parts[1], *parts[2]}) == 7 + 9 + 24
-    assert (validation, test, parts) == sppo.split_prompts(s, sources)
-    other = sppo.split_prompts(dataclasses.replace(s, seed=seed + 1), sources)
+    assert (validation, test, parts) == split(s, sources)
+    other = split(dataclasses.replace(s, seed=seed + 1), sources)
     assert other[:2] == (validation, test) and other[2] != parts  # the held-out sets do not depend on the seed
     if real:
         assert {*validation, *test, *sum(parts, [])} == set(PROMPTS)
@@ -171,7 +176,7 @@ def test_a_duplicate_does_not_reach_both_sides():
         file.writelines(json.dumps({"prompt": p}) + "\n" for p in PROMPTS + PROMPTS)
     s = settle(prompts="twice.jsonl", model="m", judge="pairrm:x", iterations=2, prompts_per_iteration=10,
                validation_prompts=10, test_prompts=10)
-    validation, test, parts = sppo.split_prompts(s, sources_of(s))
+    validation, test, parts = split(s, sources_of(s))
     assert sorted([*validation, *test, *parts[0], *parts[1]]) == sorted(PROMPTS)
 
 
@@ -179,7 +184,7 @@ def test_too_few_prompts(prompts_file):
     s = settle(prompts=prompts_file, model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=11,
                validation_prompts=4, test_prompts=4)
     with pytest.raises(UserError, match="has 40 distinct prompts.*--prompts-per-iteration 11.*need 41"):
-        sppo.split_prompts(s, sources_of(s))
+        split(s, sources_of(s))
 
 
 HUB = {"org/first": PROMPTS[:14], "org/second": [PROMPTS[3], *PROMPTS[14:27], PROMPTS[14]], "org/third": PROMPTS[27:]}
@@ -203,21 +208,21 @@ def test_each_iteration_has_its_own_data_set(n, hub):
                validation_prompts=4, test_prompts=5)
     sources = sources_of(s)
     assert sources == [PROMPTS[:14], PROMPTS[14:27], PROMPTS[27:]]
-    validation, test, parts = sppo.split_prompts(s, sources)
+    validation, test, parts = split(s, sources)
     assert len({*validation, *test, *sum(parts, [])}) == 9 + sum(map(len, parts))
     assert all(set(part) <= set(source) for part, source in zip(parts, sources))
     if n:
         assert [len(part) for part in parts] == [5, 5, 5]
     else:
         assert {*validation, *test, *sum(parts, [])} == set(PROMPTS)
-    assert parts != sppo.split_prompts(dataclasses.replace(s, seed=1), sources)[2]
+    assert parts != split(dataclasses.replace(s, seed=1), sources)[2]
 
 
 def test_all_the_prompts_of_one_source(hub, prompts_file):
     """--prompts-per-iteration 0: what is not held out, in equal parts."""
     s = settle(prompts=prompts_file, model="m", judge="pairrm:x", iterations=3, prompts_per_iteration=0,
                validation_prompts=4, test_prompts=5)
-    validation, test, parts = sppo.split_prompts(s, sources_of(s))
+    validation, test, parts = split(s, sources_of(s))
     assert [len(part) for part in parts] == [10, 10, 10]
     assert len({*validation, *test, *sum(parts, [])}) == 39
     assert len(sources_of(settle(prompts="org/first", model="m", judge="pairrm:x", iterations=3))) == 1
@@ -228,7 +233,7 @@ def test_a_source_that_is_too_small_is_refused(hub):
     s = settle(prompts=",".join(HUB), model="m", judge="pairrm:x", prompts_per_iteration=11, validation_prompts=3,
                test_prompts=3)
     with pytest.raises(UserError, match=r"iteration 3's own source leaves \d+\)"):
-        sppo.split_prompts(s, sources_of(s))
+        split(s, sources_of(s))
 
 
 def test_long_prompts_are_left_out_and_counted(llama3, capsys):
@@ -237,12 +242,12 @@ def test_long_prompts_are_left_out_and_counted(llama3, capsys):
     lengths = {p: len(chat.encode(p)) for p in PROMPTS}
     limit = sorted(lengths.values())[29]
     s = settle(prompts="p", model="m", judge="pairrm:x", max_prompt_tokens=limit, max_new_tokens=24)
-    kept = sppo.without_long_prompts(PROMPTS, chat, s, 0)
+    kept = without_long_prompts(PROMPTS, chat, s, 0)
     assert kept == [p for p in PROMPTS if lengths[p] <= limit]
     gone = sum(n > limit for n in lengths.values())
     assert f"left out {gone} of 40 prompts: longer than {limit} tokens" in capsys.readouterr().out and gone > 0
     encode_prompts(kept, chat, s)
-    sppo.without_long_prompts(kept, chat, s, 0)
+    without_long_prompts(kept, chat, s, 0)
     assert capsys.readouterr().out == ""
 
 
@@ -284,7 +289,7 @@ def make(path, prompts, judge, **settings):
     s = settle(**{**SMALL, **settings})
     r = run.Run("pairs", s, overwrite=True)
     rows = sppo.judge_answers(sppo.sample_answers(net, chat, prompts, s, 2, (0, 1)), judge, (0, 1))
-    pairs, statistics = sppo.training_examples(rows, chat, s)
+    pairs, statistics = training_examples(rows, chat, s)
     sppo.reference_logprobs(net, pairs, s, 2, (0, 1), r)
     return Made(net, chat, s, prompts, judge, rows, pairs, statistics)
 
@@ -514,7 +519,7 @@ def test_loss_and_gradient_by_hand(which, loss, request):
     options = SMALL | {"all_responses": True} if loss == "all" else small(loss)
     made.s = settle(**options | {"max_new_tokens": made.s.max_new_tokens})
     if loss == "all":
-        made.pairs, _ = sppo.training_examples(made.rows, made.chat, made.s)
+        made.pairs, _ = training_examples(made.rows, made.chat, made.s)
         for pair in made.pairs:
             pair["ref"] = sppo.sequence_logprobs(made.net, [pair]).detach()[0].tolist()
     pairs = moved(made)
@@ -984,7 +989,7 @@ def test_a_foreign_table_trains(columns, llama3, prose):
     only["max_new_tokens"] = 48
     s = sppo.settle(sppo.Settings(**only, stage="train", table="foreign.jsonl"))
     chat = load_checkpoint(llama3, "cpu", torch.float32)[1]
-    examples, statistics = sppo.training_examples(read_table("foreign.jsonl", judged=True), chat, s)
+    examples, statistics = training_examples(read_table("foreign.jsonl", judged=True), chat, s)
     for i, (example, row) in enumerate(zip(examples, rows)):
         assert example["prompt"] == chat.encode(row["prompt"]) and example["prompt"].count(0) == 1
         texts = [ANSWERS[i], ANSWERS[40 + i]] if columns == "chosen" else ["Perhaps.", ANSWERS[40 + i]]
@@ -1008,12 +1013,12 @@ def test_a_long_foreign_answer_is_cut_and_counted(llama3, prose):
              for name in ("chosen", "rejected")]
     limit = sorted(map(len, whole))[12]
     s = settle(**{**prose, "max_new_tokens": limit})
-    examples, statistics = sppo.training_examples(rows, chat, s)
+    examples, statistics = training_examples(rows, chat, s)
     assert [ids for e in examples for ids in e["responses"]] == [ids[:limit] for ids in whole]
     cut = sum(len(ids) > limit for ids in whole)
     assert statistics["cut_share"] == cut / 24 and 5 < cut < 24
     s = settle(**{**prose, "max_total_tokens": len(examples[0]["prompt"]) + 3})
-    first = sppo.training_examples(rows[:1], chat, s)[0][0]
+    first = training_examples(rows[:1], chat, s)[0][0]
     assert [len(ids) for ids in first["responses"]] == [3, 3]
 
 
