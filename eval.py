@@ -4,6 +4,7 @@
     python eval.py table RUN_DIR...                                       several runs in one table, means over seeds
     python eval.py plot RUN_DIR...                                        curves of one run or several in one picture
     python eval.py crossplay CKPT... [--prompts F] [--judge J]            each against each, and the game's Nash mixture
+    python eval.py exact RUN_DIR...                                       embedded worlds: what their oracles know
     python eval.py generate --model M --prompts F --format alpaca --out O   answers, as alpaca, mtbench, arena or jsonl
     python eval.py judge --answers O --reference R --mode pairwise ...    judgments on them: pairwise, arena or single
     python eval.py alpaca --annotations F [--gamed F --difficulty F]      AlpacaEval 2.0, length-controlled
@@ -217,7 +218,7 @@ def plot_command(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 HERE = {"winrate": winrate_command, "table": table_command, "plot": plot_command, "crossplay": crossplay_command}
-BENCHMARKS = ("generate", "judge", "alpaca", "mtbench", "arena", "verify")
+BENCHMARKS = ("exact", "generate", "judge", "alpaca", "mtbench", "arena", "verify")
 
 
 def main(argv):

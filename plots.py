@@ -39,6 +39,12 @@ def plot_payoffs(figures, path):
     _save(lambda plt: _heat_map(plt, figures), path)
 
 
+def plot_worth(contestants, path):
+    """Draw accuracy by number of distinct training queries as a PNG at `path`: a panel for each number of steps, a band
+    for who has no such number. contestants: {label: (settings, {kind of queries: (accuracy, standard error)})}."""
+    _save(lambda plt: _worth(plt, contestants), path)
+
+
 def _save(draw, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -114,35 +120,35 @@ LOG_RATIO = Panel("log-ratio of winners", {"logratio_w": ""}, logged=True)
 
 def _several(plt, runs, against):
     """Three panels at most: what was learned, and what tells the methods apart."""
-    groups = _groups(runs)
-    found = {key for _, members in groups for summary in members
+    contestants = [(label, [summary for _, summary in members]) for label, members in groups(runs)]
+    found = {key for _, members in contestants for summary in members
              for row in [*_iterates(summary), *summary.get("metrics", [])] for key in row if row[key] is not None}
     panels = [GREEDY if "accuracy_greedy" in found else LENGTHS]
     panels += [MALFORMED, HARDNESS] if "malformed" in found else [HEAD_TO_HEAD, LOG_RATIO]
     panels = [panel for panel in panels if found & panel.lines.keys()]
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.9), layout="constrained", squeeze=False)
-    for k, (label, members) in enumerate(groups):
+    for k, (label, members) in enumerate(contestants):
         for axis, panel in zip(axes[0], panels):
             _band(axis, members, panel, against, color=f"C{k % 10}")
     for axis, panel in zip(axes[0], panels):
         axis.set(title=panel.title, xlabel="seconds" if against == "seconds" else "gradient steps")
-    figure.legend([plt.Line2D([], [], color=f"C{k % 10}", lw=3) for k in range(len(groups))],
-                  [label for label, _ in groups], loc="outside lower center", ncols=min(4, len(groups)))
+    figure.legend([plt.Line2D([], [], color=f"C{k % 10}", lw=3) for k in range(len(contestants))],
+                  [label for label, _ in contestants], loc="outside lower center", ncols=min(4, len(contestants)))
     return figure
 
 
-def _groups(runs):
-    """[(label, summaries)]: runs that differ in their seed alone belong together."""
-    groups, passing = {}, ("seed", "out", "resume", "overwrite", "init")
+def groups(runs):
+    """[(label, runs)] out of runs [(name, summary)]: those that differ in their seed alone belong together."""
+    found, passing = {}, ("seed", "out", "resume", "overwrite", "init")
     for name, summary in runs:
         settings = {key: value for key, value in summary.get("settings", {"name": name}).items() if key not in passing}
-        groups.setdefault((summary.get("method", name), repr(settings)), []).append((name, summary))
-    methods = [method for method, _ in groups]
+        found.setdefault((summary.get("method", name), repr(settings)), []).append((name, summary))
+    methods = [method for method, _ in found]
     labels = []
-    for (method, _), members in groups.items():
+    for (method, _), members in found.items():
         label = method if methods.count(method) == 1 else members[0][0]     # a method with two settings: by directory
         labels.append(label + (f" ({len(members)} seeds)" if len(members) > 1 else ""))
-    return [(label, [summary for _, summary in members]) for label, members in zip(labels, groups.values())]
+    return list(zip(labels, found.values()))
 
 
 def _band(axis, summaries, panel, against, color):
@@ -213,6 +219,28 @@ def _clocks(summary):
     return {"steps": {False: at, True: steps}, "seconds": seconds if scale else None}
 
 
+def _worth(plt, contestants, kind="ordinary"):
+    """Ordinary queries: a curve over D for GRPO on D distinct queries, bands for everybody else."""
+    steps = sorted({settings["steps"] for settings, _ in contestants.values()})
+    figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 4.2), layout="constrained", sharey=True, squeeze=False)
+    for axis, count in zip(axes[0], steps):
+        here = [(label, s, *figures[kind]) for label, (s, figures) in contestants.items() if s["steps"] == count]
+        curve = sorted((s["train_prompts"], mean, error) for _, s, mean, error in here if s["train_prompts"])
+        if curve:
+            x, y, error = zip(*curve)
+            axis.errorbar(x, y, error, color="C0", marker="o", ms=4, lw=1.8, capsize=3, label="GRPO on D queries")
+            axis.set_xscale("log", base=4)
+            axis.set_xticks(x, [f"{D:,}" for D in x])
+        others = [each for each in here if not each[1]["train_prompts"]]
+        for k, (label, _, mean, error) in enumerate(others):
+            axis.axhspan(mean - error, mean + error, color=f"C{k + 1}", alpha=0.35, lw=0)
+            axis.axhline(mean, color=f"C{k + 1}", lw=1.2, label=label.removesuffix(" (5 seeds)"))
+        axis.set(title=f"{count} steps", xlabel="distinct queries D, used again and again")
+        axis.legend(loc="lower right")
+    axes[0][0].set_ylabel("test queries answered exactly (greedy)")
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the intransitive world, and cross-play
 
@@ -221,7 +249,7 @@ CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.
 
 def _triangles(plt, runs):
     """The simplex of styles: every iterate from the start on, the running average, and the Nash mixture."""
-    wide = min(3, len(runs))
+    wide = 2 if len(runs) == 4 else min(3, len(runs))
     tall = math.ceil(len(runs) / wide)
     figure, axes = plt.subplots(tall, wide, figsize=(WIDTH if wide > 1 else 5, 2.9 * tall + 0.7), squeeze=False,
                                 layout="constrained")

@@ -637,6 +637,9 @@ class SelfReward:
         """The judge's prompt as ids. Neither text can pose as another turn, or bring tags of its own."""
         def ids(query, answer):
             return self.chat.encode(fill(self.rubric, query=_quoted(query), answer=_quoted(answer)))
+        whole = ids(query, answer)              # nearly always short enough, and texts are costly to encode
+        if len(whole) <= self.room:
+            return whole
         query = shortened(query, lambda q: len(ids(q, "")) <= self.room)
         return ids(query, shortened(answer, lambda a: len(ids(query, a)) <= self.room))
 

@@ -1,0 +1,202 @@
+"""`python eval.py exact RUN...`: what only an embedded world can tell of the checkpoints that runs left behind.
+
+In a world with an oracle: the share of queries that a checkpoint answers exactly, decoded greedily, on the world's
+ordinary queries and on its harder kinds (world.World.harder). In the intransitive world: the best response to the
+iterates, and how far they are from the Nash equilibrium.
+
+Runs that differ in their seed alone are one contestant. A mean has two sources of error, the seeds and the queries, and
+± is the square root of the sum of both variances (with one run only the queries'). All contestants get the same
+queries, so a difference (--vs) is taken query by query: what makes a query hard for everybody cancels.
+
+--stop chooses each run's checkpoint by its accuracy on validation queries, the first of equals: early stopping, without
+which a run on few data would be judged by what it memorised in the end. --part validation looks at nothing else: that
+is how settings are tried out.
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+
+import torch
+
+import games
+import plots
+import run
+import winrate
+import world
+from chat import load_checkpoint
+
+
+@dataclasses.dataclass
+class ExactSettings:
+    """Flags of `python eval.py exact`."""
+    COMMAND = "eval.py exact RUN ..."
+    vs: str = run.flag("", "run directories, with commas between: what the others are compared with, query by query")
+    part: str = run.flag("test", "the world's queries; validation is where settings are picked", ("test", "validation"))
+    stop: bool = run.flag(False, "take each run's checkpoint that is best on validation queries, not the last")
+    count: int = run.flag(2000, "ordinary queries; also validation queries for --stop", at_least=2)
+    harder: int = run.flag(1000, "queries of each harder kind; 0 = none", at_least=0)
+    last: int = run.flag(10, "intransitive world: the last so many iterates of each run", at_least=1)
+    picture: str = run.flag("", "write a picture of accuracy by number of distinct queries to this PNG")
+
+
+def main(argv):
+    """The sub-command: a table of contestants, differences below it, and a picture."""
+    paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    args = run.parse(ExactSettings, argv[len(paths):], "exact RUN RUN ... [flags]: what an embedded world knows of the "
+                                                       "checkpoints that runs left behind")
+    if not paths:
+        raise run.UserError("exact needs run directories, before any flag: python eval.py exact out/lsp out/grpo")
+    rivals = [path for path in args.vs.split(",") if path]
+    contestants = plots.groups([(path, summary_of(path)) for path in [*paths, *rivals]])
+    styled = [bool(entry_of(members[0][1]).styles) for _, members in contestants]
+    if any(styled) != all(styled):
+        raise run.UserError("exact cannot measure the intransitive world and another in one table; take them apart")
+    if styled[0]:
+        print(style_rows(contestants, args))
+        return
+    results = {label: [measured(path, summary, args) for path, summary in members] for label, members in contestants}
+    print(table(results))
+    rival = [label for label, members in contestants if rivals and members[0][0] in rivals]
+    for label in results if rival else ():
+        if label != rival[0]:
+            print(f"{label} minus {rival[0]}: " + ", ".join(
+                "{} {:+.4f} ±{:.4f}".format(kind, *difference(results[label], results[rival[0]], kind))
+                for kind in kinds(results)))
+    if args.picture:
+        curves = {label: (members[0][1]["settings"], {kind: mean_and_error(results[label], kind)
+                                                      for kind in kinds(results)}) for label, members in contestants}
+        plots.plot_worth(curves, args.picture)
+        print(f"wrote {args.picture}")
+
+
+def summary_of(path):
+    """A run's summary. Raises UserError for a directory without one, or of another than an embedded world."""
+    file = os.path.join(path, "summary.json")
+    if not os.path.exists(file):
+        raise run.UserError(f"{file} does not exist; exact needs the directory of an sppo.py or lsp.py run")
+    summary = run.read_json(file)
+    if summary.get("settings", {}).get("world") not in world.WORLDS:
+        raise run.UserError(f"{file} is of no embedded world; nobody knows the right answers elsewhere (see "
+                            "eval.py verify and eval.py winrate)")
+    return summary
+
+
+def entry_of(summary):
+    """The embedded world that a run was played in."""
+    return world.WORLDS[summary["settings"]["world"]]
+
+
+def checkpoints(path):
+    """A run's checkpoints iter-k or step-k, in order. Raises UserError where there is none."""
+    names = sorted((name for name in os.listdir(path) if re.fullmatch(r"(iter|step)-\d+", name)),
+                   key=lambda name: int(name.split("-")[1]))
+    if not names:
+        raise run.UserError(f"{path} holds no checkpoint iter-k or step-k; give the directory of a run that has ended")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a world with an oracle: right or wrong, query by query
+
+
+def measured(path, summary, args):
+    """One run's {"checkpoint": its name, kind: [Q] float64 of 1 where the answer is right, 0 elsewhere}."""
+    names, file = checkpoints(path), os.path.join(path, "exact.json")
+    known = run.read_json(file) if os.path.exists(file) else {}
+    chosen = names[-1]
+    if args.stop:
+        rates = [rights(path, name, summary, "validation", "", args.count, known).mean() for name in names]
+        chosen = names[max(range(len(names)), key=rates.__getitem__)]
+    kind_of = {"": args.count} | dict.fromkeys(entry_of(summary).harder if args.harder else (), args.harder)
+    found = {kind or "ordinary": rights(path, chosen, summary, args.part, kind, count, known)
+             for kind, count in kind_of.items()}
+    run.write_json(file, known, indent=None)
+    return {"checkpoint": chosen, **found}
+
+
+def rights(path, name, summary, part, kind, count, known):
+    """[count] float64: which queries the checkpoint answers exactly. `known` is what exact.json holds, so that nothing
+    is decoded twice: {checkpoint and queries: a string of 0 and 1}."""
+    key = f"{name} {part} {kind} {count}"
+    if key not in known:
+        spoken = entry_of(summary)
+        net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
+        queries = spoken.queries(part, count, kind=kind)
+        answers = world.answers(net, chat.tokenizer, queries, temperature=0)
+        known[key] = "".join("1" if spoken.score(q, a) == 1 else "0" for q, a in zip(queries, answers))
+    return torch.tensor([float(bit) for bit in known[key]], dtype=torch.float64)
+
+
+def kinds(results):
+    """The kinds of queries that were measured."""
+    return [kind for kind in next(iter(results.values()))[0] if kind != "checkpoint"]
+
+
+def mean_and_error(runs, kind):
+    """(mean accuracy, standard error) of one contestant's runs, over its seeds and over queries.
+
+    >>> two = [{"ordinary": torch.tensor([1.0, 1, 0, 0])}, {"ordinary": torch.tensor([1.0, 1, 1, 0])}]
+    >>> "{:.3f} {:.3f}".format(*mean_and_error(two, "ordinary"))        # seeds .125, queries .239
+    '0.625 0.270'
+    """
+    return difference(runs, [{kind: torch.zeros_like(runs[0][kind])}], kind)
+
+
+def difference(ours, theirs, kind):
+    """(difference of the mean accuracies, its standard error): seeds vary on both sides by themselves, queries are
+    shared."""
+    sides = [torch.stack([one[kind] for one in runs]) for runs in (ours, theirs)]               # [seeds, Q] each
+    by_query = sides[0].mean(0) - sides[1].mean(0)                                              # [Q]
+    by_seed = sum(float(side.mean(1).var()) / len(side) for side in sides if len(side) > 1)
+    return float(by_query.mean()), (by_seed + float(by_query.var()) / len(by_query)) ** 0.5
+
+
+def table(results):
+    """Markdown: a row for each contestant."""
+    columns = kinds(results)
+    lines = ["| | runs | checkpoint | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    for label, runs in results.items():
+        cells = ["{:.3f} ±{:.3f}".format(*mean_and_error(runs, kind)) for kind in columns]
+        chosen = ", ".join(dict.fromkeys(one["checkpoint"] for one in runs))
+        lines.append(f"| {label} | {len(runs)} | {chosen} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the intransitive world
+
+
+def style_rows(contestants, args):
+    """Markdown: for each contestant the best response to its last iterates and their distance to the Nash equilibrium
+    (Euclidean, of style shares), mean and standard error over seeds."""
+    lines = [f"| | runs | best response, mean of the last {args.last} iterates | worst of them | distance to Nash |",
+             "|---" * 5 + "|"]
+    nash = torch.tensor(world.NASH_STYLES, dtype=torch.float64)
+    for label, members in contestants:
+        rows = []
+        for path, summary in members:
+            shares = [iterate_styles(path, name, summary, args) for name in checkpoints(path)[-args.last:]]
+            best = torch.tensor([games.best_response(world.STYLES, one) for one in shares])
+            away = torch.stack([(one - nash).norm() for one in shares])
+            rows.append((best.mean(), best.max(), away.mean()))
+        cells = []
+        for column in zip(*rows):
+            values = torch.stack(column)
+            error = f" ±{values.std() / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3f}{error}")
+        lines.append(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def iterate_styles(path, name, summary, args):
+    """Style shares [3] float64 of a checkpoint's answers at temperature 1, one to each of args.count queries."""
+    file = os.path.join(path, "exact.json")
+    known, key = run.read_json(file) if os.path.exists(file) else {}, f"{name} {args.part} styles {args.count}"
+    if key not in known:
+        net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
+        queries = entry_of(summary).queries(args.part, args.count)
+        known[key] = world.style_shares(world.answers(net, chat.tokenizer, queries, temperature=1))
+        run.write_json(file, known, indent=None)
+    return torch.tensor(known[key], dtype=torch.float64)
