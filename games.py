@@ -3,13 +3,18 @@
 A game: n strategies and P [n, n], P[i, j] = P(i beats j), P + P^T = 1. A policy is n probabilities. All float64. SPPO's
 update (4.1) is multiplicative weights on such a game, whose strategies are all the answers to one prompt. So what the
 algorithm does without sampling, regression and a network can be computed here to the last digit: what its theorem
-promises (the average of the iterates approaches the Nash equilibrium) and what it leaves open (the last iterate).
+promises (the average of the iterates approaches the Nash equilibrium), what it leaves open (the last iterate goes
+round), and which updates bring the last iterate to rest.
 
-    python games.py              the theorem's bound, the average and the last iterate on three games
+    python games.py              Theorem 4.1 on three games; the last iterate under seven updates; a picture of them
+    python games.py --out ""     the same without the picture
 """
 
+import dataclasses
+import functools
 import itertools
 import math
+import os
 
 import torch
 
@@ -25,24 +30,139 @@ def _float64(x):
     return torch.as_tensor(x, dtype=torch.float64)
 
 
-def multiplicative_weights(P, start, eta, steps, optimistic=False):
-    """SPPO's (4.1) solved exactly: pi_{t+1} ~ pi_t exp(eta P pi_t). Returns the iterates pi_1 = start, ..., [steps, n].
+# ---------------------------------------------------------------------------------------------------------------------
+# updates: each returns the iterates pi_1 = start, ..., pi_steps, [steps, n]. The gains are g_t = P pi_t: how often each
+# strategy beats pi_t. Constants in log pi do not matter, the softmax takes them out.
 
-    optimistic: the last gain counts twice and the one before is taken back, pi_{t+1} ~ pi_t exp(eta (2 g_t - g_{t-1})),
-    g_t = P pi_t: a guess that the opponent moves on as it did (Rakhlin and Sridharan, arXiv 1311.1869). The average's
-    gap then falls as 1/T at a constant eta, where the plain rule stays on its circle and needs eta ~ 1/sqrt(T).
+
+def multiplicative_weights(P, start, eta, steps):
+    """SPPO's (4.1) solved exactly: log pi_{t+1} = log pi_t + eta g_t + const.
+
+    The average approaches the equilibrium (Theorem 4.1; Freund and Schapire 1999). The last iterate does not: where the
+    equilibrium gives every strategy a share, no step brings it nearer in KL, however small eta is, and the path winds
+    outwards (Bailey and Piliouras, EC 2018).
 
     >>> start = torch.ones(3) / 3
     >>> multiplicative_weights(world.STYLES, start, eta=2.0, steps=2)[1]        # style 0 beats the uniform mixture most
     tensor([0.3792, 0.3104, 0.3104], dtype=torch.float64)
     """
+    P, log_pi, iterates = _float64(P), _float64(start).log(), []
+    for _ in range(steps):
+        iterates.append(log_pi.softmax(0))
+        log_pi = log_pi + eta * (P @ iterates[-1])
+    return torch.stack(iterates)
+
+
+def optimistic(P, start, eta, steps):
+    """log pi_{t+1} = log pi_t + eta (2 g_t - g_{t-1}) + const, g_0 = g_1: a guess that the opponent moves on as it did
+    (Rakhlin and Sridharan, arXiv 1311.1869; for preferences of language models ONPO, arXiv 2502.16852).
+
+    The average's gap falls as 1/T at a constant eta, where the plain rule needs eta ~ 1/sqrt(T) to reach 1/sqrt(T). The
+    last iterate converges where the equilibrium is unique (Daskalakis and Panageas, arXiv 1807.04252), at a linear rate
+    for eta below a constant that is the same for all games (Wei et al., arXiv 2006.09517). The rate is the game's own
+    and can be as slow as one likes (Cai et al., arXiv 2406.10631).
+
+    >>> [best_response(world.STYLES, rule(world.STYLES, [0.45, 0.25, 0.3], 2.0, 400)[-1]) > 0.501
+    ...  for rule in (multiplicative_weights, optimistic)]
+    [True, False]
+    """
     P, log_pi, iterates, before = _float64(P), _float64(start).log(), [], None
     for _ in range(steps):
         iterates.append(log_pi.softmax(0))
         gain = P @ iterates[-1]
-        log_pi = log_pi + eta * (2 * gain - before if optimistic and before is not None else gain)
+        log_pi = log_pi + eta * (gain if before is None else 2 * gain - before)
         before = gain
     return torch.stack(iterates)
+
+
+def leapfrog(P, start, eta, steps):
+    """A shortcut that fails: log pi_{t+1} = log pi_{t-1} + 2 eta g_t + const, where the first step is the plain one.
+
+    It is the optimistic rule with r_t = log pi_t/pi_{t-1} in place of eta g_{t-1}: a trainer knows r_t already, and
+    must sample and judge for g_{t-1}. But r_t holds the last correction too, eta (2 g_{t-1} - g_{t-2}). Near an
+    equilibrium that gives every strategy a share, gains turn the log-shares: they act as i w. A motion z^t then has
+    z^2 = 1 + 2 i eta w z, so |z| = 1 while eta w <= 1: the path circles for ever. Its average is good.
+
+    All ratios together would do: eta g_{t-1} = r_t / 2 + r_{t-1} / 4 + r_{t-2} / 8 + ..., at the price of the
+    log-probabilities of every earlier policy. The first term alone winds outwards.
+
+    >>> played = leapfrog(ROCK_PAPER_SCISSORS, [0.5, 0.3, 0.2], 0.5, 2000)
+    >>> min(duality_gap(ROCK_PAPER_SCISSORS, policy) for policy in played) > 0.1
+    True
+    """
+    P, log_pi, iterates, before = _float64(P), _float64(start).log(), [], None
+    for _ in range(steps):
+        iterates.append(log_pi.softmax(0))
+        gain = P @ iterates[-1]
+        before, log_pi = log_pi, (log_pi + eta * gain if before is None else before + 2 * eta * gain)
+    return torch.stack(iterates)
+
+
+def extragradient(P, start, eta, steps):
+    """First a half step, log pi' = log pi_t + eta g_t; then log pi_{t+1} = log pi_t + eta P pi' + const, with the gains
+    that it leads to: two a step. Korpelevich 1976; with these weights Nemirovski's mirror prox, 2004; for preferences
+    EGPO, arXiv 2503.08942.
+
+    Its average's gap falls as 1/T. EGPO adds a regulariser and proves a linear rate of the last iterate to the
+    regularised equilibrium and a polynomial one to the game's own; here, without a regulariser, it moves nearly as the
+    optimistic rule does.
+
+    >>> best_response(world.STYLES, extragradient(world.STYLES, [0.45, 0.25, 0.3], 2.0, 400)[-1]) < 0.501
+    True
+    """
+    P, log_pi, iterates = _float64(P), _float64(start).log(), []
+    for _ in range(steps):
+        iterates.append(log_pi.softmax(0))
+        ahead = (log_pi + eta * (P @ iterates[-1])).softmax(0)
+        log_pi = log_pi + eta * (P @ ahead)
+    return torch.stack(iterates)
+
+
+def magnetic(P, start, eta, steps, alpha, every=0):
+    """log pi_{t+1} = (log pi_t + eta g_t + eta alpha log m) / (1 + eta alpha) + const: a magnet m pulls with strength
+    alpha. It is the start (every = 0), or moves to pi_t after every `every` steps.
+
+    Fixed (magnetic mirror descent, Sokota et al., arXiv 2206.05825): the last iterate converges at a linear rate if eta
+    is small enough for alpha, but to the equilibrium of the regularised game, pi = softmax(log m + P pi / alpha), which
+    lies towards the magnet. Moved (Perolat et al., arXiv 2002.08456; for preferences Magnetic Preference Optimization,
+    arXiv 2410.16714, and COMAL, arXiv 2410.23223): it converges to the game's own equilibrium, if each regularised game
+    is nearly solved before the next. Too early does not help: every = 1 is the plain rule at eta / (1 + eta alpha).
+
+    >>> start, rest = [0.45, 0.25, 0.3], functools.partial(magnetic, world.STYLES, eta=2.0, steps=400, alpha=0.1)
+    >>> [f"{best_response(world.STYLES, rest(start, every=every)[-1]):.3f}" for every in (0, 10)]
+    ['0.529', '0.500']
+    """
+    P, log_pi, iterates = _float64(P), _float64(start).log(), []
+    magnet = log_pi
+    for t in range(steps):
+        if every and t % every == 0:
+            magnet = log_pi
+        iterates.append(log_pi.softmax(0))
+        log_pi = (log_pi + eta * (P @ iterates[-1]) + eta * alpha * magnet) / (1 + eta * alpha)
+    return torch.stack(iterates)
+
+
+def nash_md(P, start, eta, steps, tau):
+    """Nash-MD (Munos et al., arXiv 2312.00886): log pi_{t+1} = log m_t + eta P m_t + const. The opponent and the origin
+    of the step are the geometric mixture m_t ~ pi_t^(1 - eta tau) mu^(eta tau) with a reference mu, here the start.
+
+    The last iterate converges to the equilibrium of the regularised game (strength tau), as 1/T in KL with their choice
+    of eta; at a constant eta it rests where pi = softmax(log mu + P m / tau). eta tau may be 1 at most.
+
+    >>> f"{best_response(world.STYLES, nash_md(world.STYLES, [0.45, 0.25, 0.3], 2.0, 400, tau=0.1)[-1]):.3f}"
+    '0.536'
+    """
+    P, log_pi, iterates = _float64(P), _float64(start).log(), []
+    reference = log_pi
+    for _ in range(steps):
+        iterates.append(log_pi.softmax(0))
+        mixture = (1 - eta * tau) * log_pi + eta * tau * reference
+        log_pi = mixture + eta * (P @ mixture.softmax(0))
+    return torch.stack(iterates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the measure, the equilibrium, and a matrix of checkpoints
 
 
 def best_response(P, policy):
@@ -56,7 +176,7 @@ def duality_gap(P, policy):
 
 
 def nash(P, tolerance=1e-4, eta=0.5):
-    """A mixture [n] whose duality gap in P is at most `tolerance`, by averages of optimistic multiplicative weights.
+    """A mixture [n] whose duality gap in P is at most `tolerance`, by averages of the optimistic rule.
 
     From the uniform mixture, so that equal strategies get equal shares; each round starts at the last one's average and
     takes twice its steps. (2,000 prompts know P to .01. For two strategies closer than that, a tiny change in
@@ -67,7 +187,7 @@ def nash(P, tolerance=1e-4, eta=0.5):
     """
     mixture, steps = torch.full((len(P),), 1 / len(P), dtype=torch.float64), 64
     while duality_gap(P, mixture) > tolerance:
-        mixture = multiplicative_weights(P, mixture, eta, steps, optimistic=True).mean(0)
+        mixture = optimistic(P, mixture, eta, steps).mean(0)
         steps *= 2
     return mixture
 
@@ -145,24 +265,108 @@ def random_game(n, seed):
     return upper + (1 - upper).T.tril(-1) + torch.eye(n, dtype=torch.float64) / 2
 
 
+@dataclasses.dataclass
+class Settings:
+    """The flags of `python games.py`."""
+    out: str = run.flag("out/games.png", 'the picture of the updates on the game of styles; "" = none')
+
+
+ALPHA = 0.1             # strength of the magnets and of Nash-MD's reference
+RULES = {"plain": multiplicative_weights, "leapfrog": leapfrog, "optimistic": optimistic,
+         "extragradient": extragradient,
+         "magnet, fixed": functools.partial(magnetic, alpha=ALPHA),
+         "magnet, moved": functools.partial(magnetic, alpha=ALPHA, every=10),
+         "Nash-MD": functools.partial(nash_md, tau=ALPHA)}
+STYLES_START, STYLES_ETA, STYLES_T = (0.45, 0.25, 0.3), 2.0, 40     # as a run of --world intransitive
+
+
+def _theorem():
+    """Text: duality gaps of (4.1) on three games beside the theorem's bound."""
+    played = {"rock, paper, scissors": ROCK_PAPER_SCISSORS, "styles (world.STYLES)": world.STYLES,
+              "a random game of 8": random_game(8, 0)}
+    lines = ["Theorem 4.1: duality gaps (0 at Nash) after T steps of (4.1) at eta = sqrt(8 ln n / T)",
+             " " * 6 + "".join(f"   {name:^26s}" for name in played),
+             f"{'T':>6s}" + f"   {'bound':>8s} {'average':>8s} {'last':>8s}" * len(played)]
+    for T in (16, 64, 256, 1024):
+        lines.append(f"{T:6d}")
+        for P in played.values():
+            n = len(P)
+            start = torch.rand(n, generator=torch.Generator().manual_seed(1)).softmax(0)    # not the uniform one:
+            eta = math.sqrt(8 * math.log(n) / T)                        # there rock, paper, scissors would stand still
+            iterates = multiplicative_weights(P, start, eta, T)
+            gaps = bound(start, eta, T), duality_gap(P, iterates.mean(0)), duality_gap(P, iterates[-1])
+            lines[-1] += "   {:8.3f} {:8.3f} {:8.3f}".format(*gaps)
+    return "\n".join(lines)
+
+
+def _last_iterates(T=100, seeds=20):
+    """Text: gaps of every rule's last ten iterates and of its average.
+
+    One iterate of a path that circles says only where on the circle it stopped, so there are ten. T iterations lead to
+    pi_{T+1}, the last; the average is that of pi_1, ..., pi_T, as in the table of a run."""
+    played = {"rock paper scissors": ([ROCK_PAPER_SCISSORS], (0.5, 0.3, 0.2), 1.0, T),
+              "styles": ([world.STYLES], STYLES_START, STYLES_ETA, STYLES_T)}
+    for n in (3, 5, 8):
+        played[f"random, n = {n}"] = ([random_game(n, seed) for seed in range(seeds)], torch.ones(n) / n, 2.0, T)
+    lines = ["Duality gaps of the last ten iterates (their mean) and of the average; best response = 1/2 + gap / 2",
+             f"alpha = tau = {ALPHA:g}; styles: eta {STYLES_ETA:g}, {STYLES_T} iterations; the others {T}: rock paper "
+             f"scissors at eta 1, {seeds} random games each at eta 2",
+             " " * 14 + "".join(f"  {game:^19s}" for game in played),
+             " " * 14 + f"  {'last ten':>9s} {'average':>9s}" * len(played)]
+    for name, rule in RULES.items():
+        lines.append(f"{name:14s}")
+        for matrices, start, eta, iterations in played.values():
+            runs = [(P, rule(P, start, eta, iterations + 1)) for P in matrices]
+            last = [duality_gap(P, policy) for P, iterates in runs for policy in iterates[-10:]]
+            average = [duality_gap(P, iterates[:-1].mean(0)) for P, iterates in runs]
+            lines[-1] += f"  {sum(last) / len(last):9.4f} {sum(average) / len(average):9.4f}"
+    return "\n".join(lines)
+
+
+CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+
+
+def draw(path):
+    """The simplex of styles as a PNG at `path`: where each rule goes, one panel each."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    equilibrium = (_float64(world.NASH_STYLES) @ CORNERS).tolist()
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 9.5, "savefig.dpi": 200}):
+        figure, axes = plt.subplots(2, 4, figsize=(9, 5), layout="constrained")     # 9 inches: a README column
+        figure.get_layout_engine().set(h_pad=0.08)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (name, rule) in zip(axes.flat, RULES.items()):
+            iterates = rule(world.STYLES, STYLES_START, STYLES_ETA, STYLES_T + 1)
+            points = iterates @ CORNERS
+            axis.plot(*CORNERS[[0, 1, 2, 0]].T, color="black", lw=0.8)
+            axis.plot(*equilibrium, "*", ms=13, color="C2", label="Nash equilibrium")
+            axis.plot(*points.T, "o-", ms=1.8, lw=0.8, color="C0", label=f"{STYLES_T} iterations")
+            axis.plot(*points[0].tolist(), "s", ms=6, mfc="white", mec="black", label="start")
+            axis.plot(*points[-1].tolist(), "o", ms=4.5, color="C3", label="last iterate")
+            axis.set_title(f"{name}\nbest response {best_response(world.STYLES, iterates[-1]):.3f}")
+            axis.set(aspect="equal", xlim=(-0.12, 1.12), ylim=(-0.14, 0.98))
+            for corner, text, shift in zip(CORNERS.tolist(), ("style 0", "style 1", "style 2"), (-12, -12, 4)):
+                axis.annotate(text, corner, (0, shift), textcoords="offset points", ha="center")
+        axes.flat[-1].legend(*axis.get_legend_handles_labels(), loc="center", frameon=False,
+                             title=f"exact play, eta {STYLES_ETA:g}")
+        run.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
+
+
 def _show(argv):
-    """Duality gaps of the average and of the last iterate, beside the theorem's bound."""
-    run.parse(run.NoSettings, argv, "Theorem 4.1 on three games: duality gaps by number of steps T")
-    for name, P in (("rock, paper, scissors", ROCK_PAPER_SCISSORS), ("the three styles (world.STYLES)", world.STYLES),
-                    ("a random game of 8", random_game(8, 0))):
-        n = len(P)
-        print(f"{name}; Nash equilibrium {' '.join(f'{p:.3f}' for p in nash(P).tolist())}\n"
-              "duality gaps (0 at Nash) after T steps of (4.1) at eta = sqrt(8 ln n / T): bound, average, last\n"
-              f"{'T':>6s} {'bound':>8s} {'average':>8s} {'last':>8s}   {'optimistic, eta 0.5: average':>28s} "
-              f"{'last':>8s}")
-        start = torch.rand(n, generator=torch.Generator().manual_seed(1)).softmax(0)    # not the uniform one: there
-        for T in (16, 64, 256, 1024):                                   # rock, paper, scissors would stand still
-            eta = math.sqrt(8 * math.log(n) / T)
-            plain = multiplicative_weights(P, start, eta, T)
-            optimistic = multiplicative_weights(P, start, 0.5, T, optimistic=True)
-            gaps = [duality_gap(P, policy) for policy in (plain.mean(0), plain[-1], optimistic.mean(0), optimistic[-1])]
-            print("{:6d} {:8.3f} {:8.3f} {:8.3f}   {:28.3f} {:8.3f}".format(T, bound(start, eta, T), *gaps))
-        print()
+    """Print the tables and draw the picture."""
+    args = run.parse(Settings, argv, "SPPO's theory without a network: averages and last iterates of exact self-play")
+    print(_theorem(), _last_iterates(), sep="\n\n")
+    if args.out:
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+            draw(args.out)
+        except OSError as error:
+            raise run.UserError(f"--out {args.out} cannot be written ({error.strerror}); name another file") from None
+        print(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":

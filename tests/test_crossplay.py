@@ -58,17 +58,6 @@ def test_the_gap_is_reached_in_games_of_any_size():
             assert games.duality_gap(P, games.nash(P, 1e-3)) <= 1e-3
 
 
-def test_optimism_leaves_the_first_step_alone_and_then_looks_ahead():
-    P, start, eta = torch.tensor(ROCK), [0.5, 0.3, 0.2], 0.3
-    plain, ahead = (games.multiplicative_weights(P, start, eta, 3, optimistic=o) for o in (False, True))
-    torch.testing.assert_close(plain[:2], ahead[:2])
-    one, two = P.double() @ plain[0], P.double() @ plain[1]
-    torch.testing.assert_close(ahead[2], (plain[1].log() + eta * (2 * two - one)).softmax(0))
-    averages = [games.duality_gap(ROCK, games.multiplicative_weights(P, start, 0.5, 2000, optimistic=o).mean(0))
-                for o in (False, True)]
-    assert averages[1] < 0.005 and averages[1] < averages[0]
-
-
 def test_cycles_need_every_step():
     """0 beats 1 beats 2 beats 0; 3 loses to all. A step within two errors breaks it; so does a tie."""
     P = torch.full((4, 4), 0.5)
