@@ -14,6 +14,7 @@ import torch
 import run
 import winrate
 import world
+from games import CORNERS
 
 WIDTH = 9.0                                     # inches
 STYLE = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
@@ -243,8 +244,6 @@ def _worth(plt, contestants, kind="ordinary"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the intransitive world, and cross-play
-
-CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
 
 
 def _triangles(plt, runs):

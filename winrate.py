@@ -303,18 +303,25 @@ def table_of_runs(summaries):
 
 
 def exact_styles(summary):
-    """What the intransitive run would do without sampling and regression: the iterates of (4.1), as many as were
-    evaluated, [T, 3], from the run's own start; None for a run without --all-responses, which does something else.
+    """What the intransitive run would do without sampling and regression: the iterates of (4.1), or of its --self-play,
+    as many as were evaluated, [T, 3], from the run's own start; None for a run without --all-responses, which does
+    something else.
 
     eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
-    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2.
+    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2. The optimistic target is not shrunk. The magnetic one is as a whole,
+    which comes to the step eta' with eta' / (1 + eta' alpha) = (K - 1)/K eta / (1 + eta alpha).
     """
     s = summary["settings"]
     if not s["all_responses"]:
         return None
-    eta = s["eta"] * (s["k"] - 1) / s["k"]
     T = max(1, len(played_styles(summary["evaluations"])) - 1)
-    return games.multiplicative_weights(world.STYLES, summary["evaluations"][0]["styles"], eta, T)
+    start, eta, shrunk = summary["evaluations"][0]["styles"], s["eta"], (s["k"] - 1) / s["k"]
+    if s.get("self_play") == "optimistic":
+        return games.optimistic(world.STYLES, start, eta, T)
+    if s.get("self_play") == "magnetic":
+        eta = shrunk * eta / (1 + (1 - shrunk) * eta * s["magnet"])
+        return games.magnetic(world.STYLES, start, eta, T, s["magnet"], s["magnet_every"])
+    return games.multiplicative_weights(world.STYLES, start, shrunk * eta, T)
 
 
 def played_styles(evaluations):

@@ -125,6 +125,8 @@ class World:
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+    # what random_query is told for the queries that the corpus shows to the Challenger's mode; {} = the ordinary ones
+    asks: dict = dataclasses.field(default_factory=dict)
     # kinds of queries harder than the ordinary ones: what random_query is told. Tables have a column for each
     harder: dict = dataclasses.field(default_factory=dict)
     # what a setting of sppo.py and lsp.py is when its flag is not given
@@ -271,12 +273,18 @@ class World:
             return 0
         return 2 + (answer.isalpha()) + round(4 * self.score(query, answer))
 
+    def _corpus_query(self, rng, **kind):
+        query = self.random_query(rng, **kind)
+        while split(query) != "corpus":
+            query = self.random_query(rng, **kind)
+        return query
+
     def corpus_row(self, rng):
         """One (user turn, assistant turn) of the pre-training corpus."""
-        query = self.random_query(rng)
-        while split(query) != "corpus":
-            query = self.random_query(rng)
+        query = self._corpus_query(rng)
         mode = rng.choices(("answer", "challenge", "judge"), self.modes)[0]
+        if mode == "challenge" and self.asks:
+            query = self._corpus_query(rng, **self.asks)
         junk = {"answer": self.junk_answer, "challenge": self.junk_challenge, "judge": self.junk_judge}
         if rng.random() < junk[mode]:
             query = self._junk(query, rng)
@@ -467,6 +475,11 @@ OPERATIONS = World(
                 "frontier": dict(reward_scale=12.0, alpha_ch=0.05), "grpo": dict(reward_scale=12.0, alpha_ch=0.0),
                 "frozen": dict(reward_scale=12.0, alpha_ch=0.0)})
 
+# The same, but the corpus shows the Challenger's mode only single operations that the base does well: a Challenger that
+# does not learn has little to ask, so that here its learning can pay.
+NARROW = dataclasses.replace(
+    OPERATIONS, judge="oracle:narrow", asks=dict(count=1, ops=("copy", "reverse", "upper", "swap", "dedupe")))
+
 # Letters right and every answer with a style, at shares that are not yet the equilibrium: all there is to learn is the
 # game.
 INTRANSITIVE = World(
@@ -478,7 +491,7 @@ INTRANSITIVE = World(
                "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=1),
                "dpo": dict(beta=1.0, lr=2e-4, epochs=1), "ipo": dict(beta=0.5, lr=5e-4, epochs=1)})
 
-WORLDS = {"operations": OPERATIONS, "intransitive": INTRANSITIVE}
+WORLDS = {"operations": OPERATIONS, "narrow": NARROW, "intransitive": INTRANSITIVE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""The Challenger: queries that are held out are written anew, the frozen one never learns, overlap; and what GRPO on a
+given number of distinct queries trains on."""
+
+import doctest
+import json
+
+import pytest
+import torch
+
+import challenger
+import lsp
+import model
+import world
+from chat import load_checkpoint
+from run import UserError
+from test_lsp import SMALL, argv, lines, settle
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_docstring_examples():
+    assert doctest.testmod(challenger).failed == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# asking
+
+
+@pytest.fixture
+def asking(base):
+    """(net, chat, cp as ids, settings) of a Challenger in the embedded world."""
+    net, chat = load_checkpoint(base, "cpu", torch.float32)
+    return net, chat, chat.encode(world.CHALLENGE), settle(**SMALL)
+
+
+def test_a_held_out_query_is_written_anew(asking):
+    """The others keep their random streams, so they are what they would have been."""
+    net, chat, cp, s = asking
+    free = challenger.ask(net, chat, cp, s, ("queries", 3), range(40))
+    banned = {free[7].text, free[20].text}
+    kept = challenger.ask(net, chat, cp, s, ("queries", 3), range(40), banned.__contains__)
+    assert not banned & {query.text for query in kept}
+    changed = [i for i, (a, b) in enumerate(zip(free, kept)) if a.text != b.text]
+    assert changed == [i for i, query in enumerate(free) if query.text in banned]
+    assert all(len(query.ids) == len(query.logp) for query in kept)
+
+
+def test_one_that_writes_nothing_else_is_told_so(asking):
+    net, chat, cp, s = asking
+    with pytest.raises(UserError, match="kept for evaluation, 10 times in a row; give other --eval-prompts"):
+        challenger.ask(net, chat, cp, s, ("queries", 0), range(2), lambda text: True)
+
+
+def test_ranks_ask_the_same_queries(asking):
+    net, chat, cp, s = asking
+    whole = challenger.ask(net, chat, cp, s, ("queries", 1), range(6), world.held_out)
+    shares = [challenger.ask(net, chat, cp, s, ("queries", 1), range(r, 6, 2), world.held_out) for r in (0, 1)]
+    assert [q.text for q in whole[0::2]] == [q.text for q in shares[0]]
+    assert [q.text for q in whole[1::2]] == [q.text for q in shares[1]]
+
+
+@pytest.mark.parametrize("mode", [dict(), dict(challenger="frozen")])
+def test_a_run_never_plays_a_held_out_query(mode, base, monkeypatch):
+    seen, play = [], lsp.play
+
+    def watched(net, chat, s, step, *rest, **more):
+        game = play(net, chat, s, step, *rest, **more)
+        seen.extend(game.queries if isinstance(step, int) else [])
+        return game
+
+    monkeypatch.setattr(lsp, "play", watched)
+    lsp.main(argv(model=base, out="out", **SMALL | mode | dict(queries=24, steps=2)))
+    assert len(seen) == 48 and not any(map(world.held_out, seen))
+    parts = {world.split(query) for query in world.OPERATIONS.queries("validation", 50)
+             + world.OPERATIONS.queries("test", 50)}
+    assert parts == {"validation", "test"} and all(map(world.held_out, world.OPERATIONS.queries("test", 9)))
+    assert not any(map(world.held_out, world.OPERATIONS.queries("train", 99) + world.OPERATIONS.queries("corpus", 99)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the control
+
+
+def test_a_frozen_challenger_asks_what_the_initial_model_asks(base, monkeypatch):
+    """Its queries come from the initial model's weights, it has no loss, no KL and no advantage; the Solver learns."""
+    asked, ask = [], challenger.ask
+
+    def watched(net, chat, cp, s, names, numbers, held_out=None):
+        found = ask(net, chat, cp, s, names, numbers, held_out)
+        asked.append((names, [query.text for query in found]))
+        return found
+
+    monkeypatch.setattr(challenger, "ask", watched)
+    lsp.main(argv(model=base, out="out", challenger="frozen", **SMALL))
+    rows = lines("out/metrics.jsonl")
+    assert all("malformed" in row and "overlap" in row and "self_reward" in row for row in rows)
+    assert not any("kl_challenger" in row or "advantage_challenger" in row for row in rows)
+    assert abs(rows[-1]["kl_solver"]) > 1e-5
+    net, chat = load_checkpoint(base, "cpu", torch.float32)
+    last = next(texts for names, texts in asked if names == ("queries", 3))
+    again = ask(net, chat, chat.encode(world.CHALLENGE), settle(**SMALL), ("queries", 3), range(6), world.held_out)
+    assert last == [query.text for query in again]
+    summary = json.load(open("out/summary.json"))
+    assert summary["method"] == "lsp, frozen Challenger" and summary["settings"]["alpha_ch"] == 0
+
+
+def test_its_solver_is_paid_as_in_lsp(base):
+    """Frozen or not, the first step's Solver sees the same game: same queries, same answers, same rewards."""
+    for name, more in (("a", dict(challenger="frozen")), ("b", dict(challenger_reward="frontier"))):
+        lsp.main(argv(model=base, out=name, **SMALL | dict(steps=1, eval_every=1) | more))
+    (a,), (b,) = lines("a/metrics.jsonl"), lines("b/metrics.jsonl")
+    for key in ("reward", "self_reward", "advantage_solver", "malformed", "overlap"):
+        assert a[key] == b[key]
+    nets = [model.Transformer.from_pretrained(f"{name}/step-1") for name in "ab"]
+    assert any((p != q).any() for p, q in zip(*[net.parameters() for net in nets]))     # b's Challenger learned too
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(challenger="frozen", challenger_reward="spread"), "--challenger-reward does nothing with --challenger fr"),
+    (dict(challenger="frozen", alpha_ch=0.1), "--alpha-ch does nothing with --challenger frozen"),
+    (dict(challenger="frozen", mode="grpo"), "--challenger does nothing in --mode grpo"),
+    (dict(train_prompts=8), "--train-prompts is for --mode grpo")])
+def test_flags_that_do_nothing(given, says):
+    with pytest.raises(UserError, match=says):
+        settle(**given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# so many distinct queries
+
+
+def trained_on(s):
+    data, _ = lsp.read_data(s)
+    return [query for step in data for query in step]
+
+
+def test_d_distinct_queries_again_and_again():
+    """A smaller D is a part of a larger one; every pass has each query once; another seed has others."""
+    few, more = (trained_on(settle(mode="grpo", train_prompts=D, **SMALL | dict(steps=8))) for D in (8, 16))
+    assert len(few) == len(more) == 48 and len(set(few)) == 8 and len(set(more)) == 16 and set(few) < set(more)
+    assert all(len(set(few[i:i + 8])) == 8 for i in range(0, 48, 8)) and few[:8] != few[8:16]
+    assert set(few) != set(trained_on(settle(mode="grpo", train_prompts=8, seed=1, **SMALL)))
+    fewer_than_a_step = trained_on(settle(mode="grpo", train_prompts=4, **SMALL))
+    assert len(fewer_than_a_step) == 24 and len(set(fewer_than_a_step)) == 4
+    assert lsp.method(settle(mode="grpo", train_prompts=8)) == "grpo on 8 queries"
+
+
+def test_d_of_a_file():
+    with open("q.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(60))
+    s = settle(mode="grpo", prompts="q.jsonl", model="m", reward="reward:r", train_prompts=5, **SMALL)
+    train, test = lsp.read_data(s)
+    assert len({query for step in train for query in step}) == 5 and len(test) == 20
+    assert not {query for step in train for query in step} & set(test)

@@ -1,0 +1,128 @@
+"""eval.py exact: errors by hand, early stopping on validation, paired differences, the intransitive world; harder kinds
+of queries."""
+
+import doctest
+import json
+import os
+
+import pytest
+import torch
+
+import eval as evaluation
+import lsp
+import world
+from benchmarks import exact
+from conftest import is_png
+from run import UserError
+from test_lsp import SMALL, argv
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_docstring_examples():
+    assert doctest.testmod(exact).failed == 0
+
+
+def runs(*rows):
+    return [{"checkpoint": "step-1", "ordinary": torch.tensor(row, dtype=torch.float64)} for row in rows]
+
+
+def test_a_paired_difference_by_hand():
+    """What is hard for both cancels: on these queries the two differ by the same amount everywhere."""
+    ours, theirs = runs([1, 1, 1, 0]), runs([1, 1, 0, 0])
+    mean, error = exact.difference(ours, theirs, "ordinary")
+    assert mean == 0.25 and error == pytest.approx((0.25 / 4) ** 0.5)           # var of (0, 0, 1, 0) = .25
+    assert exact.difference(ours, runs([1, 1, 1, 0]), "ordinary") == (0, 0)
+    # seeds: two runs at 3/4 and 1/4 add their own variance, .125, halved
+    mean, error = exact.difference(runs([1, 1, 1, 0], [1, 0, 0, 0]), theirs, "ordinary")
+    assert mean == 0.0 and error == pytest.approx((0.125 / 2 + torch.tensor([0, -.5, .5, 0]).var() / 4) ** 0.5)
+
+
+def test_harder_kinds_of_queries():
+    spoken, kinds = world.OPERATIONS, world.OPERATIONS.harder
+    assert list(kinds) == ["3 ops", "4 ops", "weak ops"]
+    for kind in kinds:
+        queries = spoken.queries("test", 200, kind=kind)
+        parsed = list(map(spoken.parse, queries))
+        assert len(set(queries)) == 200 and {world.split(q) for q in queries} == {"test"} and all(parsed)
+        if kind == "weak ops":
+            assert {op for ops, _ in parsed for op in ops} == set(world.MISREAD)
+            assert {len(word) for _, word in parsed} == {4, 5} and {len(ops) for ops, _ in parsed} == {1, 2, 3}
+        else:
+            assert {len(ops) for ops, _ in parsed} == {int(kind[0])}
+    assert spoken.queries("test", 50) == spoken.queries("test", 60)[:50]
+
+
+@pytest.fixture
+def two_runs(base):
+    for name, more in (("out/a", {}), ("out/b", dict(challenger="frozen"))):
+        lsp.main(argv(model=base, out=name, **SMALL | more))
+
+
+def test_the_table_of_runs(two_runs, capsys):
+    evaluation.main(["exact", "out/a", "--vs", "out/b", "--count", "60", "--harder", "20", "--stop"])
+    said = capsys.readouterr().out
+    assert "| | runs | checkpoint | ordinary | 3 ops | 4 ops | weak ops |" in said
+    assert "| lsp | 1 | step-" in said and "lsp minus lsp, frozen Challenger: ordinary " in said
+    known = json.load(open("out/a/exact.json"))
+    assert {key.split()[1] for key in known} == {"validation", "test"} and all(set(v) <= set("01") for v in known.values())
+    # the checkpoint that is best on validation queries, the first of equals, and only that one meets test queries
+    rates = {name: known[f"{name} validation  60"].count("1") for name in ("step-2", "step-4")}
+    best = max(rates, key=rates.get)
+    assert {key.split()[0] for key in known if " test " in key} == {best}
+
+
+def test_validation_looks_at_nothing_else(two_runs, capsys):
+    evaluation.main(["exact", "out/a", "out/b", "--part", "validation", "--count", "40", "--harder", "0", "--stop"])
+    for name in ("a", "b"):
+        assert not any(" test " in key for key in json.load(open(f"out/{name}/exact.json")))
+    assert "| lsp, frozen Challenger | 1 | step-" in capsys.readouterr().out
+
+
+def test_nothing_is_decoded_twice(two_runs, monkeypatch, capsys):
+    ask = ["exact", "out/a", "--count", "40", "--harder", "0"]
+    evaluation.main(ask)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(world, "answers", None)
+    evaluation.main(ask)
+    assert capsys.readouterr().out == first
+
+
+def test_the_measure_is_the_tables(two_runs, capsys):
+    """The same queries and the same decoding as in the run's own table."""
+    evaluation.main(["exact", "out/a", "--count", "20", "--harder", "20"])
+    row = json.load(open("out/a/summary.json"))["evaluations"][-1]
+    assert f"{row['accuracy_greedy']:.3f} ±" in capsys.readouterr().out
+    known = json.load(open("out/a/exact.json"))
+    for kind, share in row["harder"].items():
+        assert known[f"step-4 test {kind} 20"].count("1") / 20 == share
+
+
+@pytest.mark.pictures
+def test_the_picture_of_what_data_free_play_is_worth(base, capsys):
+    for D in (4, 16):
+        lsp.main(argv(model=base, out=f"out/d{D}", mode="grpo", train_prompts=D, **SMALL))
+    lsp.main(argv(model=base, out="out/free", **SMALL))
+    evaluation.main(["exact", "out/d4", "out/d16", "out/free", "--count", "40", "--harder", "0",
+                     "--picture", "worth.png"])
+    assert is_png("worth.png")
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "needs run directories"), (["none"], "none/summary.json does not exist"),
+    (["out/a", "--vs", "gone"], "gone/summary.json does not exist")])
+def test_bad_input(words, says, two_runs):
+    with pytest.raises(UserError, match=says):
+        evaluation.main(["exact", *words])
+
+
+def test_runs_of_no_embedded_world(two_runs):
+    summary = json.load(open("out/a/summary.json"))
+    json.dump(summary | {"settings": summary["settings"] | {"world": ""}}, open("out/a/summary.json", "w"))
+    with pytest.raises(UserError, match="no embedded world"):
+        evaluation.main(["exact", "out/a"])
+    os.remove("out/b/step-2/model.safetensors")
+    os.rename("out/b/step-2", "out/b/other")
+    os.rename("out/b/step-4", "out/b/another")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        evaluation.main(["exact", "out/b"])
