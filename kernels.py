@@ -350,8 +350,57 @@ def phat(P):
     return P.mean(-1)
 
 
+def optimistic(P, before=None):
+    """p* [B, K], which stands in Phat's place where self-play is optimistic: up to a constant of the prompt,
+    p* = 2 P(y > pi_t) - P(y > pi_{t-1}).
+
+    P [B, K, K]; before [B, K], P(y_i > pi_{t-1} | x) as a mean over answers of pi_{t-1}, None where pi_{t-1} is pi_t.
+    log pi_{t+1} = log pi_t + eta p* + const counts the last gain twice and takes the one before back: a guess that the
+    opponent moves on as it did. (Rakhlin and Sridharan, arXiv 1311.1869; for preferences ONPO, arXiv 2502.16852.)
+
+    P(y_i > pi_t) is a mean over the other K - 1 answers. The comparison with itself, 1/2, would shrink P - 1/2 to
+    (K - 1)/K of it, while P(y > pi_{t-1}) is not shrunk. The constant makes p* average to 1/2 over the K answers, as
+    Phat does, so that the 1/2 in (4.7) stands for log Z / eta here too, and answers that tie stay where they are.
+    Taking off a mean that an answer is part of shrinks by (K - 1)/K as well, so one factor mends both, and p* - 1/2 is
+    unbiased for 2 (P(y > pi_t) - 1/2) - (P(y > pi_{t-1}) - P(pi_t > pi_{t-1})).
+
+    >>> P = torch.tensor([[[.5, 1.], [0., .5]]])
+    >>> optimistic(P), optimistic(P, torch.tensor([[.75, .25]]))
+    (tensor([[1., 0.]]), tensor([[1., 0.]]))
+    """
+    K = P.shape[-1]
+    now = phat(P) - 0.5                                         # averages to 0 over the K answers
+    before = now if before is None else before - before.mean(-1, keepdim=True)
+    return 0.5 + K / (K - 1) * (2 * now - before)
+
+
+def magnetic(wins, logratio, eta, alpha):
+    """p* [..., n], which stands in Phat's place where self-play is drawn to a magnet, a fixed policy pi_mag:
+    p* = 1/2 + (Phat - 1/2 - alpha (l - mean l)) / (1 + eta alpha),  l = log pi_t(y|x) / pi_mag(y|x).
+
+    wins [..., n] are the answers' Phats, logratio [..., n] their l; the mean over them stands for the normaliser of
+    log pi_{t+1} = (log pi_t + eta P(y > pi_t) + eta alpha log pi_mag) / (1 + eta alpha) + const. Its iterates come to
+    rest near the Nash equilibrium, the nearer the smaller alpha is, and on it when the magnet is moved to pi_t from
+    time to time. (Sokota et al., arXiv 2206.05825; Magnetic Preference Optimization, arXiv 2410.16714; the moving
+    magnet also in COMAL, arXiv 2410.23223.)
+
+    >>> magnetic(torch.tensor([.75, .25]), torch.tensor([1., -1.]), eta=5.0, alpha=.2)  # targets eta (p* - 1/2): +-1/8
+    tensor([0.5250, 0.4750])
+    """
+    return 0.5 + (wins - 0.5 - alpha * (logratio - logratio.mean(-1, keepdim=True))) / (1 + eta * alpha)
+
+
+def magnet_at(t, every):
+    """s, where pi_s is the magnet of iteration t: pi_1, moved to pi_t every `every` iterations (0 or None: never).
+
+    >>> [magnet_at(t, 3) for t in range(1, 8)]
+    [1, 1, 1, 4, 4, 4, 7]
+    """
+    return 1 + every * ((t - 1) // every) if every else 1
+
+
 def best_and_worst(wins):
-    """Where the best and the worst of K answers stand, by their Phats `wins` [K]; of equals the first.
+    """Where the best and the worst of K answers stand, by their Phats (or p*) `wins` [K]; of equals the first.
 
     >>> best_and_worst(torch.tensor([0.4, 0.7, 0.4])), best_and_worst(torch.tensor([0.5, 0.5, 0.5]))
     ((1, 0), (0, 0))

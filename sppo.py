@@ -35,6 +35,9 @@ Deviations from the paper, each with its reason:
     is another
   - the learning rate is one step ahead of Hugging Face's linear schedule, whose first step has rate 0
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
+  - --self-play optimistic or magnetic, off by default, changes what stands in Phat's place: SPPO's iterates circle the
+    equilibrium and only their average approaches it, with these the last one comes to rest. Optimistic play samples K
+    more answers a prompt and judges 2K together; magnetic play takes one more forward pass
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
 Deviations from the official code (--preset takes its settings):
@@ -59,7 +62,6 @@ Deviations from the official code (--preset takes its settings):
 """
 
 import dataclasses
-import glob
 import math
 import os
 
@@ -73,11 +75,10 @@ import rollout
 import run
 import winrate
 import world
-from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_sources, shorter_sessions, split_prompts,
-                  without_thinking)
+from chat import Chat, answer_limit, as_row, digests, earlier_session, read_sources, shorter_sessions, split_prompts
 from run import flag
-from table import (VERDICTS, answer_texts, asked, encode_prompts, read_table, readable_row, table_row,
-                   training_examples, verdict_columns, without_long_prompts)
+from table import (answer_texts, check_stage, check_training_rows, encode_prompts, judge_answers, put_table, read_table,
+                   readable_row, table_row, training_examples, without_long_prompts)
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
 # official code (RMSProp, 512 tokens for a prompt and 1,024 for both together; here: 1,024 for the answer). What it is
@@ -89,6 +90,7 @@ PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_respo
 PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)}
 LOSSES = tuple(PAPER_LOSS)
+MAGNET = dict(magnet=0.2, magnet_every=10)      # what --self-play magnetic begins with
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
 # --schedule-epochs 18 --temperature 1 --top-p 1. Where prompt and answer exceed 1,024 tokens the official code cuts the
@@ -137,6 +139,15 @@ class Settings(run.CommonSettings):
         "worst answers", LOSSES)
     all_responses: bool | None = flag(None,
         "all K answers in SPPO's loss, as in Theorem 4.1, instead of the best and the worst")
+    self_play: str = flag("plain",
+        "what stands in Phat's place in (4.7): plain = P(y > pi_t), the paper's; optimistic = 2 P(y > pi_t) - P(y > "
+        "pi_{t-1}), for K more answers sampled a prompt and K*K more pairs judged, beside those among the K; "
+        "magnetic = P(y > pi_t) and a pull to an earlier policy, for one more forward pass",
+        ("plain", "optimistic", "magnetic"))
+    magnet: float | None = flag(None, f"alpha, weight of --self-play magnetic's pull [{MAGNET['magnet']}]", above=0)
+    magnet_every: int | None = flag(None,
+        "iterations between two moves of the magnet to pi_t, from pi_1 on; 0 = it stays at pi_1 "
+        f"[{MAGNET['magnet_every']}]", at_least=0)
     eta: float | None = flag(None,
         "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2); another for each --loss",
         above=0)
@@ -204,7 +215,9 @@ def main(argv):
             rows = sampled(t, job)
             # P(y_i > y_k | x) for all pairs, so that Phat compares every answer with pi_t itself, as (4.1) asks.
             rows = judged(t, rows, job)
-            # The best and the worst answer to each prompt, or all K, with their Phats.
+            # The best and the worst answer to each prompt, or all K, with their Phats. Under them pi_t circles the
+            # equilibrium. --self-play optimistic has p* = 2 P(y > pi_t) - P(y > pi_{t-1}) in their place, the last gain
+            # twice and the one before taken back, as if the opponent moved on as it did: so pi_t comes to rest.
             examples, statistics = picked(t, rows, job)
             rows = None                         # their texts are not needed any more, and take much memory
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
@@ -237,6 +250,10 @@ def trained(t, examples, statistics, job):
     net = job.take(job.pi_path(t))
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
+    # log pi_{t+1} = (log pi_t + eta P(y > pi_t) + eta alpha log pi_mag) / (1 + eta alpha): the pull to a fixed policy
+    # ends the circling, near the equilibrium. The magnet is moved to pi_t from time to time, so that it arrives there.
+    if args.self_play == "magnetic":
+        draw_to_magnet(t, examples, job)
     # The optimizer starts afresh too: its moments belong to another regression.
     optimizer = kernels.Optimizer(net.parameters(), args.optimizer, args.weight_decay)
     if "weights" in state:                      # --resume in the middle of this iteration
@@ -278,7 +295,8 @@ def trained(t, examples, statistics, job):
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
     if job.rank == 0:                           # answers of another pi_{t+1}, from before this iteration was done again
-        run.remove(record.path("state", f"sampled-{t + 1}.jsonl"))
+        for begun in samples_begun(t + 1, record):
+            run.remove(begun)
     run.rename_on_rank_0(record.path("state", "best"), job.pi_path(t + 1))
     record.save_state(iteration=t + 1, step=0)
 
@@ -289,35 +307,53 @@ def trained(t, examples, statistics, job):
 
 
 def sampled(t, job):
-    """Phase `sample` of iteration t: the table's rows, with K answers of pi_t to every prompt of part t."""
-    args, record, path = job.args, job.record, job.record.path(f"table-{t}.jsonl")
+    """Phase `sample` of iteration t: the table's rows, with K answers of pi_t to every prompt of part t; for optimistic
+    play also K of pi_{t-1}, of which the texts are enough, to be judged beside the others."""
+    args, path, begun = job.args, job.record.path(f"table-{t}.jsonl"), samples_begun(t, job.record)
     if os.path.exists(path):
         return read_table(path, args.stage == "train", args.all_responses)
-    net, begun, count = job.network(job.pi_path(t)), record.path("state", f"sampled-{t}.jsonl"), 0
-    before = record.seconds.get("sample", 0.0)
+    rows = drawn(t, t, begun[0], job)
+    if args.self_play == "optimistic" and t > 1:
+        before = drawn(t - 1, t, begun[1], job)
+        rows = [row | texts for row, texts in zip(rows, before, strict=True)]
+    put_table(path, rows, begun, job.rank)
+    return rows
+
+
+def samples_begun(t, record):
+    """The files with the finished chunks of iteration t's answers: of pi_t, and for optimistic play of pi_{t-1}."""
+    return [record.path("state", f"sampled-{t}.jsonl"), record.path("state", f"sampled-{t}-before.jsonl")]
+
+
+def drawn(s, t, begun, job):
+    """K answers of pi_s to every prompt of part t: a table's rows for s = t, else their texts alone as the column
+    `answers_before`. Finished chunks wait in the file `begun`."""
+    args, record, net, count = job.args, job.record, job.network(job.pi_path(s)), 0
+    before, of = record.seconds.get("sample", 0.0), () if s == t else ("before",)
 
     def make(prompts, first):
         nonlocal count
-        rows = sample_answers(net, job.chat, prompts, args, t, job.shard, first)
+        rows = sample_answers(net, job.chat, prompts, args, t, job.shard, first, of)
         count += sum(len(ids) for row in rows for ids in row["tokens"])
-        return rows
+        return rows if s == t else [{"answers_before": answer_texts(row)} for row in rows]
 
     with record.phase("sample"):
         rows = run.in_chunks(begun, job.parts[t - 1], args.chunk * job.shard[1], make, job.rank)
     seconds = record.seconds["sample"] - before
-    record.say(f"iteration {t}: sampled {count} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.0f} a second)")
-    put_table(path, rows, begun, job)
+    record.say(f"iteration {t}: sampled {count} tokens {f'of pi_{s} ' * (s < t)}in {seconds:.1f} s "
+               f"({count / max(seconds, 1e-9):.0f} a second)")
     return rows
 
 
-def sample_answers(net, chat, prompts, args, t, shard, first=0):
+def sample_answers(net, chat, prompts, args, t, shard, first=0, of=()):
     """K answers of `net` to each prompt, as a table's rows, on every rank. first: the place of prompts[0] in the
-    iteration's part; a prompt's random numbers belong to its place, whichever rank and chunk it falls to."""
+    iteration's part; a prompt's random numbers belong to its place, whichever rank and chunk it falls to. of: further
+    names of the random stream, for answers of another policy than pi_t."""
     rank, ranks = shard
     mine = prompts[rank::ranks]
     ids = encode_prompts(mine, chat, args)
     limits = [[answer_limit(prompt, args.max_new_tokens, args.max_total_tokens)] * args.k for prompt in ids]
-    seeds = [run.stream(args.seed, "sample", t) + first + i for i in range(rank, len(prompts), ranks)]
+    seeds = [run.stream(args.seed, "sample", t, *of) + first + i for i in range(rank, len(prompts), ranks)]
     samples = rollout.generate(net, ids, args.k, limits, args.temperature, args.top_p, chat.stop_ids, seeds,
                                args.top_k, args.max_rows,
                                desc=f"iteration {t}: {args.k} answers a prompt, from prompt {first + 1} on")
@@ -332,31 +368,14 @@ def judged(t, rows, job):
     """Phase `judge` of iteration t: the rows with P(y_i > y_k | x) for all pairs of answers, and what follows."""
     if "chosen_probs_win" in rows[0]:
         return rows
-    digest = run.stream([(row["prompt"], answer_texts(row)) for row in rows])   # verdicts belong to these answers
+    # verdicts belong to these answers
+    digest = run.stream([(row["prompt"], answer_texts(row), *row.get("answers_before", ())) for row in rows])
     begun = job.record.path("state", f"judged-{t}-{digest:x}.jsonl")
     with job.record.phase("judge"):
         rows = run.in_chunks(begun, rows, job.args.chunk * job.shard[1],
                              lambda chunk, first: judge_answers(chunk, job.judge, job.shard), job.rank)
-    put_table(job.record.path(f"table-{t}.jsonl"), rows, begun, job)
+    put_table(job.record.path(f"table-{t}.jsonl"), rows, [begun], job.rank)
     return rows
-
-
-def put_table(path, rows, begun, job):
-    """A phase's whole result, in place of the file with its chunks."""
-    if job.rank == 0:
-        run.write_rows(path, rows)
-        run.remove(begun)
-    run.barrier()
-
-
-def judge_answers(rows, judge, shard):
-    """The rows with the judge's columns; every rank judges its share and returns all. What a model thought before it
-    answered is not judged."""
-    rank, ranks = shard
-    mine = rows[rank::ranks]
-    answers = [[without_thinking(text) for text in answer_texts(row)] for row in mine]
-    P = judge.preference([asked(row) for row in mine], answers)                                   # [B, K, K]
-    return run.gather([row | verdict_columns(row, p) for row, p in zip(mine, P)], len(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +385,7 @@ def judge_answers(rows, judge, shard):
 def picked(t, rows, job):
     """What of iteration t's judged rows enters the loss: (examples, statistics) of `training_examples`. Prints what the
     judge said, and writes the first 50 rows to samples.jsonl, for a person to read."""
-    examples, statistics = training_examples(rows, job.chat, job.args, job.rank)
+    examples, statistics = training_examples(rows, job.chat, job.args, t, job.rank)
     job.record.say(f"iteration {t}: answers to {len(examples)} prompts judged; mean Phat of the best "
                    f"{statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; all K equal for "
                    f"{statistics['tied_share']:.1%} of prompts; {statistics['cut_share']:.1%} of answers cut")
@@ -384,9 +403,17 @@ def sequence_logprobs(net, examples):
 
 
 def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
-    """Adds log pi_t(y|x) of every response as `ref`, by the same lines as in training; kept in state/ for --resume,
-    with a digest of what it belongs to. Raises UserError where a resumed iteration began with other answers."""
-    path, (rank, ranks) = record.path("state", f"reference-{t}.json"), shard
+    """Adds log pi_t(y|x) of every response as `ref`, by the same lines as in training. Raises UserError where a resumed
+    iteration began with other answers."""
+    refs = kept_logprobs(net, "reference", examples, args, t, shard, record, resumed)
+    for example, ref in zip(examples, refs, strict=True):
+        example["ref"] = ref
+
+
+def kept_logprobs(net, name, examples, args, t, shard, record, resumed=False):
+    """`sequence_logprobs` of all examples, a list of lists, kept in state/ for --resume with a digest of what they
+    belong to."""
+    path, (rank, ranks) = record.path("state", f"{name}-{t}.json"), shard
     digest = run.stream([e["responses"] for e in examples])
     known = run.read_json(path) if os.path.exists(path) else {}
     if known.get("digest") != digest:
@@ -399,8 +426,18 @@ def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
         known = {"digest": digest, "reference": run.gather(refs, len(examples))}
         if rank == 0:
             run.write_json(path, known, indent=None)
-    for example, ref in zip(examples, known["reference"], strict=True):
-        example["ref"] = ref
+    return known["reference"]
+
+
+def draw_to_magnet(t, examples, job):
+    """Puts the p* of `kernels.magnetic` in Phat's place. Costs a forward pass of the magnet over the answers, unless
+    pi_t itself is the magnet. No optimizer is in memory yet, so that a second network finds room."""
+    args, s, logprobs = job.args, kernels.magnet_at(t, job.args.magnet_every), [example["ref"] for example in examples]
+    if s < t:
+        logprobs = kept_logprobs(job.take(job.pi_path(s)), "magnet", examples, args, t, job.shard, job.record)
+    for example, magnets in zip(examples, logprobs, strict=True):
+        logratio = torch.tensor(example["ref"]) - torch.tensor(magnets)                           # [n] log pi_t/pi_mag
+        example["p"] = kernels.magnetic(torch.tensor(example["p"]), logratio, args.eta, args.magnet).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,8 +445,8 @@ def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
 
 
 def loss_of(logratio, p, args):
-    """The loss of every prompt [b]: logratio = log pi(y|x)/pi_t(y|x) and p = Phat(y > pi_t | x), both [b, n] float32,
-    best response first and worst last."""
+    """The loss of every prompt [b]: logratio = log pi(y|x)/pi_t(y|x) and p = Phat(y > pi_t | x), or the p* of another
+    --self-play, both [b, n] float32, best response first and worst last."""
     winner, loser = logratio[:, 0], logratio[:, -1]
     if args.loss == "sppo":         # (4.7):  ( log pi(y|x)/pi_t(y|x) - eta (Phat - 1/2) )^2, averaged over responses
         return kernels.sppo_loss(logratio, p, args.eta).mean(1)
@@ -491,10 +528,15 @@ def evaluated(t, job):
 def summarised(job):
     """Writes summary.json and curves.png of all that was evaluated so far. Returns the summary."""
     args, record = job.args, job.record
-    summary = record.write_summary(args.loss, args, job.base, job.device, job.shard[1], job.board.rows)
+    summary = record.write_summary(method(args), args, job.base, job.device, job.shard[1], job.board.rows)
     if job.rank == 0:
-        plots.plot([(args.loss, summary)], record.path("curves.png"))
+        plots.plot([(method(args), summary)], record.path("curves.png"))
     return summary
+
+
+def method(args):
+    """What tables and pictures call a run."""
+    return args.loss if args.self_play == "plain" else f"{args.loss}, {args.self_play}"
 
 
 def finish(job):
@@ -582,7 +624,7 @@ def set_up(argv):
         if job.judge:
             prefmodel.check_references(job.judge, sum(job.parts, validation + test))
     if args.stage == "train":
-        check_training_rows(rows, args, job)
+        check_training_rows(rows, args, job.chat, job.held_out.get("validation", [()])[0])
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
@@ -599,7 +641,7 @@ def set_up(argv):
             f"{job.base}, judge {job.judge.name}; {args.iterations} iteration{'s' * (args.iterations > 1)} of "
             f"{len(job.parts[0])} prompts x K = {args.k}, "
             + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
-    record.say(f"{args.loss} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
+    record.say(f"{method(args)} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
                f"writing to {args.out}")
     if job.board.rows:
         record.say(winrate.table(job.board.rows))
@@ -633,10 +675,13 @@ def settle(args):
     if args.gradient_accumulation > 0:
         passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
+    if args.self_play == "magnetic":
+        defaults |= MAGNET
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.judge and args.world:
         args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))
     check_step_size(args)
+    check_self_play(args)
     check_stage_flags(args)
     check_sources(args)
     return args
@@ -670,6 +715,16 @@ def check_step_size(args):
                             "give a number above 0")
 
 
+def check_self_play(args):
+    """Raises UserError for flags of a self-play that they have no part in."""
+    if args.self_play != "plain" and args.loss != "sppo":
+        raise run.UserError(f"--self-play {args.self_play} changes the p in --loss sppo's target, eta (p - 1/2), and "
+                            f"--loss {args.loss} looks only at who is best and worst; leave one of them out")
+    for name in MAGNET:
+        if getattr(args, name) is not None and args.self_play != "magnetic":
+            raise run.UserError(f"--{name.replace('_', '-')} is for --self-play magnetic; give that, or leave it out")
+
+
 def check_stage_flags(args):
     """Raises UserError for --stage, --table and --iteration where they do not fit together."""
     if args.table and args.stage not in ("judge", "train"):
@@ -699,44 +754,6 @@ def check_sources(args):
     if "model" in needs(args) and not args.world and not args.model:
         raise run.UserError("--prompts and --table need --model: an embedded world's base does not read natural "
                             "language (for a table of that world give --world)")
-
-
-def check_stage(args):
-    """The rows that --stage judge or train works on, else None; for judge without another judge's verdicts. Raises
-    UserError where a stage finds nothing to work on, or its result already there."""
-    t = args.iteration
-    own, before, made = (os.path.join(args.out, name) for name in (f"table-{t}.jsonl", f"iter-{t - 1}", f"iter-{t}"))
-    done = {"sample": own, "train": made}.get(args.stage)
-    if done and os.path.exists(done):
-        raise run.UserError(f"--stage {args.stage}: {done} is already there; remove it to {args.stage} again")
-    if args.stage in ("judge", "train") and not args.table and not os.path.exists(own):
-        raise run.UserError(f"--stage {args.stage}: {own} is not there; run --stage sample first, or give --table")
-    if args.stage in ("sample", "train") and t > 1 and not os.path.exists(before):
-        raise run.UserError(f"--iteration {t} starts from {before}, which is not there; run --stage train of the "
-                            "iteration before it")
-    if args.stage not in ("judge", "train"):
-        return None
-    rows = read_table(args.table or own, args.stage == "train", args.all_responses)
-    if args.stage == "judge" and not args.table and "chosen_probs_win" in rows[0]:
-        raise run.UserError(f"--stage judge: {own} is already judged; to judge it again give --table {own}")
-    return rows if args.stage == "train" else [
-        {name: value for name, value in row.items() if name not in VERDICTS} for row in rows]
-
-
-def check_training_rows(rows, args, job):
-    """Raises UserError for rows that --stage train cannot work on: a prompt that is held out for validation or has no
-    room, or another table than an interrupted training began with."""
-    table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
-    validation, _ = job.held_out.get("validation", ((), ()))
-    if not set(map(asked, rows)).isdisjoint(validation):
-        raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation; leave them "
-                            "out, or give --keep last")
-    examples, _ = training_examples(rows, job.chat, args, rank=-1)
-    known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
-    begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
-    if begun and run.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
-        raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
-                            "another --out")
 
 
 def answer_limits(args):

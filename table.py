@@ -6,24 +6,29 @@ tables, so that each phase may run on another machine, and tables of other tools
 
   before judging   prompt, a text or a list of turns; generate_0 ... generate_{K-1}: its turns and the assistant's;
                    ours also hold what text loses: prompt_ids, tokens (ids as sampled), finish ("stop" or "length"),
-                   and row, the prompt's other columns, where it has any
+                   and row, the prompt's other columns, where it has any; for optimistic play from iteration 2 on also
+                   answers_before, the texts of K answers of pi_{t-1}
   after judging    probability [K][K], P(i > j); rm_scores [K]; chosen, rejected: the conversations of the best and
-                   the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two
+                   the worst; chosen_probs = P(best > worst); chosen_probs_win, chosen_probs_lose = Phat of the two;
+                   with answers_before also probability_before [K], P(y_i > pi_{t-1}), a mean over those answers
 
 The official training table has the last five columns alone. Every text in a table is data, as in chat.py.
 """
 
+import glob
 import json
+import os
 
 import torch
 
 import kernels
 import run
-from chat import Prompt, answer_limit, as_turn, stored, turns_of
+from chat import Prompt, answer_limit, as_turn, stored, turns_of, without_thinking
 
-VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
+VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose",
+            "probability_before")
 
-OURS = {"prompt", "row", "prompt_ids", "tokens", "finish", *VERDICTS}
+OURS = {"prompt", "row", "prompt_ids", "tokens", "finish", "answers_before", *VERDICTS}
 
 
 def answer_texts(row):
@@ -65,14 +70,28 @@ def verdict_columns(row, P):
             "chosen_probs_win": float(wins[best]), "chosen_probs_lose": float(wins[worst])}
 
 
-def ranked(row, all_responses):
-    """Which of a judged row's answers enter the loss, best first and worst last, and their Phats: (numbers, floats).
-    The numbers are None for the official training table, which knows its winner and loser alone."""
+def ranked(row, args):
+    """Which of a judged row's answers enter the loss, best first and worst last; what enters as their p; and their
+    Phats: (numbers, floats, floats). The numbers are None for the official training table, which knows its winner and
+    loser alone."""
     if "probability" not in row:
-        return None, [row["chosen_probs_win"], row["chosen_probs_lose"]]
-    wins = kernels.phat(torch.tensor(row["probability"]))                                         # [K]
-    order = wins.argsort(descending=True, stable=True).tolist() if all_responses else kernels.best_and_worst(wins)
-    return list(order), wins[list(order)].tolist()
+        wins = [row["chosen_probs_win"], row["chosen_probs_lose"]]
+        return None, wins, wins
+    P = torch.tensor(row["probability"])
+    wins = p = kernels.phat(P)                                                                    # [K]
+    if args.self_play == "optimistic":              # without that column this is iteration 1, where pi_0 is pi_1
+        before = row.get("probability_before")
+        p = kernels.optimistic(P, before if before is None else torch.tensor(before))             # [K]
+    order = p.argsort(descending=True, stable=True).tolist() if args.all_responses else kernels.best_and_worst(p)
+    return list(order), p[list(order)].tolist(), wins[list(order)].tolist()
+
+
+def check_columns(rows, names, t):
+    """Raises UserError where iteration t's table lacks a column that optimistic self-play needs."""
+    for name in names:
+        if not all(name in row for row in rows):
+            raise run.UserError(f"--self-play optimistic needs the column {name} in the table of iteration {t}; "
+                                "sample and judge it with --self-play optimistic")
 
 
 def readable_row(row):
@@ -138,6 +157,12 @@ def _table_row(row, judged, all_responses):
         if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
             raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
         row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
+    texts = row.get("answers_before", [""] * K)
+    if not isinstance(texts, list) or len(texts) != K or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"answers_before is no list of {K} texts")
+    wins = torch.tensor(row.get("probability_before", [0.5] * K), dtype=torch.float32)
+    if wins.shape != (K,) or not ((wins >= 0) & (wins <= 1)).all():
+        raise ValueError(f"probability_before is no list of {K} numbers in [0, 1]")
     for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
         row["chosen"], row["rejected"]
         if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
@@ -155,6 +180,37 @@ def _reason(error, judged):
     return f"{error}; make the table again" if type(error) is ValueError else (
         "prompt must be a text or a list of turns, and generate_k, chosen and rejected those turns and one by the "
         "assistant, as lists of {role, content} (or the answer's text alone); make the table again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judging, writing
+
+
+def judge_answers(rows, judge, shard):
+    """The rows with the judge's columns; every rank judges its share and returns all. What a model thought before it
+    answered is not judged.
+
+    Answers of pi_{t-1} are judged in one call with those of pi_t. That costs the K (K - 1) / 2 pairs among themselves,
+    which nobody reads, and an aggregating judge scores all 2K against each other."""
+    rank, ranks = shard
+    mine = rows[rank::ranks]
+    answers = [list(map(without_thinking, answer_texts(row) + row.get("answers_before", []))) for row in mine]
+    judged, P = [], judge.preference([asked(row) for row in mine], answers)         # [B, K, K], or [B, 2K, 2K]
+    for row, p in zip(mine, P):
+        K = len(answer_texts(row))
+        judged.append(row | verdict_columns(row, p[:K, :K]))
+        if "answers_before" in row:
+            judged[-1]["probability_before"] = p[:K, K:].mean(-1).tolist()
+    return run.gather(judged, len(rows))
+
+
+def put_table(path, rows, begun, rank):
+    """Writes a phase's whole result as the file `path`, in place of the files `begun` with its chunks."""
+    if rank == 0:
+        run.write_rows(path, rows)
+        for chunks in begun:
+            run.remove(chunks)
+    run.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,19 +236,22 @@ def without_long_prompts(prompts, chat, args, rank):
     return chat.that_fit(prompts, room, quiet=rank != 0)
 
 
-def training_examples(rows, chat, args, rank=0):
-    """What the loss needs of a judged table: a list of {prompt: ids, responses: n lists of ids, p: their n Phats}, best
-    first, worst last; n = K with --all-responses, else 2. Also statistics of them, a dict for metrics.jsonl. args: the
-    settings of sppo.py.
+def training_examples(rows, chat, args, t=1, rank=0):
+    """What the loss needs of iteration t's judged table: a list of {prompt: ids, responses: n lists of ids, p: n
+    numbers, Phat or p*}, best first, worst last; n = K with --all-responses, else 2. Also statistics of them, a dict
+    for metrics.jsonl. args: the settings of sppo.py.
 
-    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out.
+    Raises UserError for a prompt that there is no room for, unless --drop-long-prompts leaves its row out, and for a
+    table without what --self-play needs.
     """
+    if args.self_play == "optimistic":
+        check_columns(rows, ["probability"] + ["probability_before"] * (t > 1), t)
     if args.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
         fit = set(without_long_prompts([asked(row) for row in rows], chat, args, rank))
         rows = [row for row in rows if asked(row) in fit]
-    examples, cut, dropped = [], [], 0
+    examples, phats, cut, dropped = [], [], [], 0
     for row in rows:
-        order, p = ranked(row, args.all_responses)
+        order, p, wins = ranked(row, args)
         if order is not None and "tokens" in row:           # sampled here: the very ids
             example = {"prompt": row["prompt_ids"], "responses": [row["tokens"][k] for k in order]}
             too_long = [row["finish"][k] == "length" for k in order]
@@ -205,14 +264,15 @@ def training_examples(rows, chat, args, rank=0):
             dropped += 1
             continue
         cut += ends
+        phats.append(wins)
         examples.append(example | {"p": p})
     if dropped and rank == 0:
         print(f"left out {dropped} of {len(rows)} prompts: longer than {args.max_prompt_tokens} tokens, and with an "
               f"answer that --max-total-tokens {args.max_total_tokens} cuts", flush=True)
     if not examples:
         raise run.UserError("no row of the table is left to train on; raise --max-prompt-tokens")
-    statistics = {"phat_best": sum(e["p"][0] for e in examples) / len(examples),
-                  "phat_worst": sum(e["p"][-1] for e in examples) / len(examples),
+    statistics = {"phat_best": sum(wins[0] for wins in phats) / len(examples),
+                  "phat_worst": sum(wins[-1] for wins in phats) / len(examples),
                   "tied_share": sum(e["p"][0] == e["p"][-1] for e in examples) / len(examples),
                   "cut_share": sum(cut) / len(cut)}
     return examples, statistics
@@ -225,3 +285,52 @@ def encode_talks(prompt, talks, chat, args):
     limit = min(answer_limit(ids, args.max_new_tokens, args.max_total_tokens), chat.context - len(ids))
     responses = [chat.encode_answer(prompt, talk[-1]["content"]) for talk in talks]
     return {"prompt": ids, "responses": [y[:limit] for y in responses]}, [len(y) > limit for y in responses]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a stage finds of the stages before it
+
+
+def check_stage(args):
+    """The rows that --stage judge or train works on, else None; for judge without another judge's verdicts. Raises
+    UserError where a stage finds nothing to work on, or its result already there."""
+    t = args.iteration
+    own, before, made = (os.path.join(args.out, name) for name in (f"table-{t}.jsonl", f"iter-{t - 1}", f"iter-{t}"))
+    done = {"sample": own, "train": made}.get(args.stage)
+    if done and os.path.exists(done):
+        raise run.UserError(f"--stage {args.stage}: {done} is already there; remove it to {args.stage} again")
+    if args.stage in ("judge", "train") and not args.table and not os.path.exists(own):
+        raise run.UserError(f"--stage {args.stage}: {own} is not there; run --stage sample first, or give --table")
+    if args.stage in ("sample", "train") and t > 1 and not os.path.exists(before):
+        raise run.UserError(f"--iteration {t} starts from {before}, which is not there; run --stage train of the "
+                            "iteration before it")
+    second = {("optimistic", "sample"): t - 1, ("magnetic", "train"): kernels.magnet_at(t, args.magnet_every)}
+    s = second.get((args.self_play, args.stage), 1)         # pi_s, which the stage works with beside pi_t
+    other = os.path.join(args.out, f"iter-{s - 1}")
+    if s > 1 and not os.path.exists(other):
+        raise run.UserError(f"--self-play {args.self_play}: --stage {args.stage} of iteration {t} works with {other} "
+                            "too, which is not there; put it back")
+    if args.stage not in ("judge", "train"):
+        return None
+    rows = read_table(args.table or own, args.stage == "train", args.all_responses)
+    if args.stage == "judge" and not args.table and "chosen_probs_win" in rows[0]:
+        raise run.UserError(f"--stage judge: {own} is already judged; to judge it again give --table {own}")
+    if args.stage == "judge" and args.self_play == "optimistic" and t > 1:
+        check_columns(rows, ["answers_before"], t)
+    return rows if args.stage == "train" else [
+        {name: value for name, value in row.items() if name not in VERDICTS} for row in rows]
+
+
+def check_training_rows(rows, args, chat, validation=()):
+    """Raises UserError for rows that --stage train cannot work on: a prompt that is held out for validation or has no
+    room, or another table than an interrupted training began with."""
+    table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
+    if not set(map(asked, rows)).isdisjoint(validation):
+        raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation; leave them "
+                            "out, or give --keep last")
+    examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
+    known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
+    begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
+    if begun and run.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
+        raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
+                            "another --out")

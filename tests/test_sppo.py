@@ -74,7 +74,7 @@ def test_defaults_of_the_world_and_of_the_paper():
         assert {name: getattr(s, name) for name in defaults} == defaults
         assert (s.k, s.iterations, s.batch_size, s.warmup, s.estimator) == (5, 3, 64, 0.1, "pairwise")
         assert (s.temperature, s.top_p) == (1.0, 1.0)
-        assert [name for name, value in dataclasses.asdict(s).items() if value is None] == ["beta"]
+        assert [name for name, value in dataclasses.asdict(s).items() if value is None] == ["magnet", "magnet_every", "beta"]
     assert (paper.eta, paper.lr, paper.optimizer) == (1e3, 5e-7, "rmsprop")
     assert (paper.prompts_per_iteration, paper.max_prompt_tokens) == (20000, 512)
 
