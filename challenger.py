@@ -42,9 +42,28 @@ Keep in mind:
 ATTEMPTS = 10                   # so often a query is written anew while it is one that is kept for evaluation
 
 
+@dataclasses.dataclass
+class Settings(run.CommonSettings):
+    """Flags of the scripts in which a Challenger asks."""
+    task: str = run.flag("", "{task} in the Challenger's prompt (the paper, for maths: 'Pure & Applied Mathematics')")
+    template: str = run.flag("", "{template} in the Challenger's prompt; the Challenger fills its names in curly "
+                                 "brackets")
+    challenger_prompt: str = run.flag("", "file with another Challenger's prompt; it may use {task} and {template}")
+    max_query_tokens: int | None = run.flag(None,
+        "longest query in tokens; longer ones are cut, used, and counted", at_least=1)
+
+
+def check_fixed_modes(args, names=("task", "template", "challenger_prompt")):
+    """Raises UserError where an embedded world is given texts of one's own: its base has fixed modes."""
+    for name in names if args.world else ():
+        if getattr(args, name):
+            raise run.UserError(f"--{name.replace('_', '-')} is for real models, an embedded world's base has fixed "
+                                "modes; give --model and who judges natural language, such as reward:DIR_OR_HUB_ID, "
+                                "or leave it out")
+
+
 def prompt(args):
-    """cp, the Challenger's user turn: a text. args: world, or task, template and challenger_prompt (settings of lsp.py
-    and sppo.py). Raises UserError for placeholders that nobody would fill."""
+    """cp, the Challenger's user turn: a text. Raises UserError for placeholders that nobody would fill."""
     if args.world:
         return world.CHALLENGE
     if re.search(r"[{}]", args.task):
@@ -87,7 +106,7 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
     evaluation. Raises UserError where one query is that after ATTEMPTS attempts.
     """
     room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS if missing else 0):
         stream = run.stream(args.seed, *names, *([attempt] if attempt else []))
         said = rollout.generate(net, [challenge] * len(missing), 1, args.max_query_tokens, args.temperature,
                                 stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[stream + i for i in missing])
@@ -97,9 +116,42 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
             found[i] = Query(text, ids, logp, finish == "length")
         missing = [i for i in missing if held_out and held_out(found[i].text)]
         if not missing:
-            return [found[i] for i in numbers]
-    raise run.UserError(f"the Challenger wrote {found[missing[0]].text[:80]!r}, a prompt that is kept for evaluation, "
-                        f"{ATTEMPTS} times in a row; give other --eval-prompts, or a --task that asks for more")
+            break
+    if missing:
+        raise run.UserError(f"the Challenger wrote {found[missing[0]].text[:80]!r}, a prompt that is kept for "
+                            f"evaluation, {ATTEMPTS} times in a row; give a --task or --challenger-prompt that asks "
+                            "for more, or other prompts to evaluate on")
+    return [found[i] for i in numbers]
+
+
+def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 1)):
+    """`count` queries that all differ, none empty, as texts in the order of their numbers, the same however many ranks
+    share the asking. Raises UserError where ATTEMPTS times as many queries hold too few different ones."""
+    found, asked, (rank, ranks) = {}, 0, shard
+    while len(found) < count and asked < ATTEMPTS * count:
+        numbers = range(asked, asked + count - len(found))
+        mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], held_out)
+        found |= dict.fromkeys(filter(None, run.gather([query.text for query in mine], len(numbers))))
+        asked += len(numbers)
+    if len(found) < count:
+        raise run.UserError(f"the Challenger wrote only {len(found)} different queries in {asked}; lower the number of "
+                            "prompts, or give a --task or --challenger-prompt that asks for more")
+    return list(found)[:count]
+
+
+def initial_queries(net, chat, challenge, args, count, shard=(0, 1)):
+    """Prompts to evaluate on where none are given: at most `count` distinct queries of the initial model that can be
+    answered, the same for all seeds."""
+    rank, ranks = shard
+    asking = dataclasses.replace(args, seed=0, max_new_tokens=1)
+    mine = ask(net, chat, challenge, asking, ("queries", "test"), range(rank, 2 * count, ranks))
+    asked = run.gather([query.text for query in mine], 2 * count)
+    room = chat.room(0, args.max_new_tokens)
+    found = [text for text in dict.fromkeys(asked) if text and len(chat.encode(text)) <= room][:count]
+    if not found:
+        raise run.UserError("the initial model wrote no query to the Challenger's prompt; give --eval-prompts FILE, or "
+                            "another --challenger-prompt")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

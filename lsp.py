@@ -41,6 +41,10 @@ Deviations from the paper, each with its reason:
   - off by default: --challenger-reward spread and frontier pay for queries on which the Solver's answers differ (their
     standard deviation) or succeed about half the time (-|V - 1/2|), instead of those it always fails. `frontier` is the
     reward of R-Zero (arXiv 2508.05004), min(V, 1 - V), less 1/2, without its penalty for repeated questions
+  - off by default: --challenger frozen lets the initial model ask, which never learns. The paper has no such control,
+    and it takes most of the credit here (docs/beyond.md)
+  - a query that is kept for evaluation is written anew: in an embedded world one of its validation and test parts, else
+    one of --eval-prompts. The paper does not say that its Challenger was kept from them
   - a query that is empty or was cut is played as it is, and counted: only the self-reward counts against it
   - embedded worlds are not wholly data-free: their base's judge mode was trained on the oracle's labels
 
@@ -89,7 +93,7 @@ PRESETS["trl-grpo"] = PRESETS["paper"] | dict(mode="grpo", lr=1e-6, kl="k2-token
 
 
 @dataclasses.dataclass
-class Settings(run.CommonSettings):
+class Settings(challenger.Settings):
     """Flags of `python lsp.py`."""
     preset: str = flag("", "the paper's run, as PRESETS spells it out; other flags override", tuple(PRESETS))
     mode: str = flag("lsp", "lsp = with self-reward; lsp-zero = the zero-sum game; grpo = queries from data",
@@ -114,9 +118,6 @@ class Settings(run.CommonSettings):
     eval_prompts: str = flag("",
         "prompts of the final table, a file or hub data set [the world's test queries; else some of --prompts, held "
         "out; else the initial model's own queries]")
-    task: str = flag("", "{task} in the Challenger's prompt (the paper, for maths: 'Pure & Applied Mathematics')")
-    template: str = flag("", "{template} in the Challenger's prompt; the Challenger fills its names in curly brackets")
-    challenger_prompt: str = flag("", "file with another Challenger's prompt; it may use {task} and {template}")
     self_reward_prompt: str = flag("", "file with another rubric; it must use {query} and {answer}, and ask for "
                                        "<Score>0..7</Score>")
     steps: int | None = flag(None, "optimizer steps (Box 4 shows 500 to 1500)", at_least=1)
@@ -146,8 +147,6 @@ class Settings(run.CommonSettings):
         "steps over which the learning rate rises; constant after (not in the paper)", at_least=0)
     temperature: float = flag(1.0, "of sampling queries and answers; the loss is that of temperature 1, so that "
                                    "another one makes the gradient a biased one. Verdicts are sampled at 1", above=0)
-    max_query_tokens: int | None = flag(None,
-        "longest query in tokens; longer ones are cut, used, and counted", at_least=1)
     max_verdict_tokens: int | None = flag(None, "longest verdict in tokens", at_least=1)
     micro_batch: int | None = flag(None,
         "queries, with their answers, per forward and backward pass and rank; the gradient is the same", at_least=1)
@@ -586,7 +585,7 @@ def set_up(argv):
     if test is None:
         kept = record.path("state", "test.jsonl")
         test = (read_prompts(kept) if args.resume and os.path.exists(kept)
-                else initial_queries(job.ref, job.chat, args, job.challenge, job.shard))
+                else challenger.initial_queries(job.ref, job.chat, job.challenge, args, args.test_prompts, job.shard))
     if rank == 0:
         run.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
         run.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
@@ -647,7 +646,8 @@ def check_mode(args):
     """Raises UserError for flags that do nothing in the mode. What a preset sets for another mode is let go instead."""
     preset = PRESETS.get(args.preset, {})
     judging = ("self_reward", "max_verdict_tokens", "self_reward_prompt")
-    asking = ("challenger", "challenger_reward", "alpha_ch", "max_query_tokens", "task", "template", "challenger_prompt")
+    asking = ("challenger", "challenger_reward", "alpha_ch", "max_query_tokens", "task", "template",
+              "challenger_prompt")
     unused = dict.fromkeys({"lsp": (), "lsp-zero": judging, "grpo": judging + asking}[args.mode],
                            f"in --mode {args.mode}")
     if args.challenger == "frozen":
@@ -690,10 +690,7 @@ def check_models(args):
                             "or leave it out")
     if args.model and args.init and args.model != PRESETS.get(args.preset, {}).get("model"):
         raise run.UserError("--model and --init both say where to start; give one of them")
-    for name in ("task", "template", "challenger_prompt", "self_reward_prompt") if args.world else ():
-        if getattr(args, name):
-            raise run.UserError(f"--{name.replace('_', '-')} is for real models, an embedded world's base has fixed "
-                                "modes; give --model and --reward reward:DIR_OR_HUB_ID, or leave it out")
+    challenger.check_fixed_modes(args, ("task", "template", "challenger_prompt", "self_reward_prompt"))
     if not args.world and not args.model and not args.init:
         raise run.UserError(f"--reward {args.reward} reads natural language: give --model DIR_OR_HUB_ID too")
     if not args.world and args.mode == "grpo" and not args.prompts:
@@ -742,19 +739,6 @@ def read_data(args):
                                 "lower --test-prompts")
         train = in_steps(train, args.steps, args.queries, args.seed, keep_order=bool(args.world))
     return train, test
-
-
-def initial_queries(ref, chat, args, challenge, shard):
-    """Prompts for the final table where none are given: distinct queries of the initial model, the same for all
-    seeds."""
-    asking = dataclasses.replace(args, seed=0, queries=2 * args.test_prompts, answers=1, max_new_tokens=1)
-    asked = play(ref, chat, asking, "test", challenge, shard=shard)
-    room = chat.room(0, args.max_new_tokens)
-    found = [q for q in dict.fromkeys(asked.queries) if q and len(chat.encode(q)) <= room][:args.test_prompts]
-    if not found:
-        raise run.UserError("the initial model wrote no query to the Challenger's prompt; give --eval-prompts FILE, or "
-                            "another --challenger-prompt")
-    return found
 
 
 def method(args):

@@ -23,7 +23,6 @@ import torch
 import games
 import plots
 import run
-import winrate
 import world
 from chat import load_checkpoint
 

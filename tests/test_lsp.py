@@ -379,7 +379,7 @@ def test_initial_queries_fit_and_are_not_blank(natural, monkeypatch):
     texts = iter(["", "Why?", "why " * 2000, "", "Why?", "Name a prime."] * 2)
     monkeypatch.setattr(challenger, "extract_query", lambda text: next(texts))
     s = settle(**REAL | dict(max_new_tokens=3500, test_prompts=6))
-    assert lsp.initial_queries(net, chat, s, chat.encode("Ask."), (0, 1)) == ["Why?", "Name a prime."]
+    assert challenger.initial_queries(net, chat, chat.encode("Ask."), s, 6) == ["Why?", "Name a prime."]
 
 
 def test_a_flag_that_the_given_prompt_has_no_place_for():
