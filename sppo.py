@@ -141,7 +141,7 @@ class Settings(run.CommonSettings):
         "all K answers in SPPO's loss, as in Theorem 4.1, instead of the best and the worst")
     self_play: str = flag("plain",
         "what stands in Phat's place in (4.7): plain = P(y > pi_t), the paper's; optimistic = 2 P(y > pi_t) - P(y > "
-        "pi_{t-1}), for K more answers sampled a prompt and K*K more pairs judged, beside those among the K; "
+        "pi_{t-1}), for K more answers sampled a prompt and all pairs of 2K judged instead of K (for K 5 45, not 10); "
         "magnetic = P(y > pi_t) and a pull to an earlier policy, for one more forward pass",
         ("plain", "optimistic", "magnetic"))
     magnet: float | None = flag(None, f"alpha, weight of --self-play magnetic's pull [{MAGNET['magnet']}]", above=0)
