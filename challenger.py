@@ -62,6 +62,16 @@ def check_fixed_modes(args, names=("task", "template", "challenger_prompt")):
                                 "or leave it out")
 
 
+def check_flags(args):
+    """Raises UserError for sppo.py's flags of the Challenger where nobody asks, and for a world that has none."""
+    for name in ("task", "template", "challenger_prompt", "max_query_tokens"):
+        if getattr(args, name) and args.prompts != "challenger":
+            raise run.UserError(f"--{name.replace('_', '-')} does nothing without --prompts challenger; leave it out")
+    if args.prompts == "challenger" and args.world and not world.WORLDS[args.world].lsp:
+        raise run.UserError(f"--prompts challenger: --world {args.world} has no Challenger; give another world")
+    check_fixed_modes(args)
+
+
 def prompt(args):
     """cp, the Challenger's user turn: a text. Raises UserError for placeholders that nobody would fill."""
     if args.world:
@@ -122,6 +132,12 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
                             f"evaluation, {ATTEMPTS} times in a row; give a --task or --challenger-prompt that asks "
                             "for more, or other prompts to evaluate on")
     return [found[i] for i in numbers]
+
+
+def unwanted(args, kept, chat):
+    """Which texts sppo.py does not take for prompts, as a function: those kept for evaluation, and those too long."""
+    room, kept = chat.room(args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens), set(kept)
+    return lambda text: (world.held_out(text) if args.world else text in kept) or len(chat.encode(text)) > room
 
 
 def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 1)):

@@ -55,6 +55,7 @@ Deviations from the official code (--preset takes its settings):
     python sppo.py                                  # the embedded world, minutes on a CPU
     python sppo.py --loss dpo --out out/dpo         # a baseline
     python sppo.py --world intransitive --out out/cycle
+    python sppo.py --prompts challenger             # without prompts: pi_t asks, as in lsp.py
     python sppo.py --preset mistral-7b              # the official code's settings; --help lists what they are
     python sppo.py --model mistralai/Mistral-7B-Instruct-v0.2 \
                    --judge pairrm:llm-blender/PairRM --prompts ultrafeedback.jsonl
@@ -67,6 +68,7 @@ import os
 
 import torch
 
+import challenger
 import kernels
 import model
 import plots
@@ -75,17 +77,18 @@ import rollout
 import run
 import winrate
 import world
-from chat import Chat, answer_limit, as_row, digests, earlier_session, read_sources, shorter_sessions, split_prompts
+from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_prompts, read_sources, shorter_sessions,
+                  split_prompts)
 from run import flag
-from table import (answer_texts, check_stage, check_training_rows, encode_prompts, judge_answers, put_table, read_table,
-                   readable_row, table_row, training_examples, without_long_prompts)
+from table import (answer_texts, check_stage, check_stage_flags, check_training_rows, encode_prompts, judge_answers,
+                   put_table, read_table, readable_row, table_row, training_examples, without_long_prompts)
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
 # official code (RMSProp, 512 tokens for a prompt and 1,024 for both together; here: 1,024 for the answer). What it is
 # in an embedded world stands in the world's entry.
 PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_responses=False, keep="best",
-             optimizer="rmsprop", max_new_tokens=1024, max_prompt_tokens=512, micro_batch=1, max_rows=128, chunk=512,
-             validation_prompts=256, test_prompts=256, print_every=1, save_every=100)
+             optimizer="rmsprop", max_new_tokens=1024, max_prompt_tokens=512, max_query_tokens=512, micro_batch=1,
+             max_rows=128, chunk=512, validation_prompts=256, test_prompts=256, print_every=1, save_every=100)
 # The paper and its code publish no beta for their DPO and IPO: 0.1 is what DPO's and IPO's users start from.
 PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)}
@@ -110,7 +113,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass
-class Settings(run.CommonSettings):
+class Settings(challenger.Settings):
     """Flags of `python sppo.py`."""
     preset: str = flag("", "the official code's settings for a model, as PRESETS spells them out; other flags override",
                        tuple(PRESETS))
@@ -129,7 +132,8 @@ class Settings(run.CommonSettings):
     prompts: str = flag("",
         "prompts file: .jsonl, .json or .parquet with prompt, instruction (+ input), messages or conversations; .txt "
         "with one a line; or a hub data set, owner/name, owner/name:split or owner/name/config:split (needs "
-        "`datasets`); or several with commas between, one for each iteration")
+        "`datasets`); or several with commas between, one for each iteration; or the word challenger: pi_t itself "
+        "writes the prompts of iteration t, as in lsp.py")
     iterations: int | None = flag(None,
         "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3)", at_least=1)
     prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration; 0 = all there are", at_least=0)
@@ -321,14 +325,34 @@ def sampled(t, job):
 
 
 def samples_begun(t, record):
-    """The files with the finished chunks of iteration t's answers: of pi_t, and for optimistic play of pi_{t-1}."""
-    return [record.path("state", f"sampled-{t}.jsonl"), record.path("state", f"sampled-{t}-before.jsonl")]
+    """The files with what iteration t has sampled while its table is not whole: finished chunks of answers, of pi_t and
+    for optimistic play of pi_{t-1}; and prompts that pi_t wrote."""
+    names = f"sampled-{t}.jsonl", f"sampled-{t}-before.jsonl", f"prompts-{t}.jsonl"
+    return [record.path("state", name) for name in names]
+
+
+def prompts_of(t, job):
+    """The prompts of iteration t: its part of the given ones; or what pi_t's own Challenger asks, all different, none
+    kept for evaluation. (Nonsense does no harm: the judge ties its answers, and ties hold the policy still.)"""
+    if job.challenge is None:
+        return job.parts[t - 1]
+    path, kept = samples_begun(t, job.record)[-1], sum((prompts for prompts, _ in job.held_out.values()), [])
+    if not os.path.exists(path):
+        with job.record.phase("sample"):
+            texts = challenger.distinct(job.network(job.pi_path(t)), job.chat, job.challenge, job.args,
+                                        ("prompts", t), job.args.prompts_per_iteration,
+                                        challenger.unwanted(job.args, kept, job.chat), job.shard)
+        if job.rank == 0:
+            run.write_rows(path, [{"prompt": text} for text in texts])
+        run.barrier()
+    return read_prompts(path)
 
 
 def drawn(s, t, begun, job):
     """K answers of pi_s to every prompt of part t: a table's rows for s = t, else their texts alone as the column
     `answers_before`. Finished chunks wait in the file `begun`."""
-    args, record, net, count = job.args, job.record, job.network(job.pi_path(s)), 0
+    args, record, prompts, count = job.args, job.record, prompts_of(t, job), 0
+    net = job.network(job.pi_path(s))
     before, of = record.seconds.get("sample", 0.0), () if s == t else ("before",)
 
     def make(prompts, first):
@@ -338,7 +362,7 @@ def drawn(s, t, begun, job):
         return rows if s == t else [{"answers_before": answer_texts(row)} for row in rows]
 
     with record.phase("sample"):
-        rows = run.in_chunks(begun, job.parts[t - 1], args.chunk * job.shard[1], make, job.rank)
+        rows = run.in_chunks(begun, prompts, args.chunk * job.shard[1], make, job.rank)
     seconds = record.seconds["sample"] - before
     record.say(f"iteration {t}: sampled {count} tokens {f'of pi_{s} ' * (s < t)}in {seconds:.1f} s "
                f"({count / max(seconds, 1e-9):.0f} a second)")
@@ -386,6 +410,10 @@ def picked(t, rows, job):
     """What of iteration t's judged rows enters the loss: (examples, statistics) of `training_examples`. Prints what the
     judge said, and writes the first 50 rows to samples.jsonl, for a person to read."""
     examples, statistics = training_examples(rows, job.chat, job.args, t, job.rank)
+    if job.challenge is not None:               # what pi_t asked; overlap is a matter of pairs, so of some hundred
+        texts = [row["prompt"] for row in rows[:512]]
+        ids = [job.chat.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        statistics |= challenger.query_metrics(texts, ids, world.WORLDS.get(job.args.world))
     job.record.say(f"iteration {t}: answers to {len(examples)} prompts judged; mean Phat of the best "
                    f"{statistics['phat_best']:.3f}, of the worst {statistics['phat_worst']:.3f}; all K equal for "
                    f"{statistics['tied_share']:.1%} of prompts; {statistics['cut_share']:.1%} of answers cut")
@@ -562,7 +590,8 @@ class Job:
     base: str = ""                                                  # pi_1, a checkpoint
     chat: Chat = None
     judge: object = None
-    parts: list = dataclasses.field(default_factory=list)           # T lists of prompts, one for each iteration
+    parts: list = dataclasses.field(default_factory=list)           # T lists of given prompts, one for each iteration
+    challenge: list = None                                          # cp as ids, where pi_t writes the prompts
     held_out: dict = dataclasses.field(default_factory=dict)        # "validation" and "test": (prompts, their ids)
     board: winrate.Scoreboard = None
     loaded: tuple = (None, None)                                    # (checkpoint, its network)
@@ -604,7 +633,8 @@ def set_up(argv):
     if rank == 0:
         run.check_out(args.out, args, resume, args.overwrite)
     rows, began = check_stage(args), earlier_session(args, resume)
-    sources = read_sources(args.prompts, args.iterations) if "prompts" in needs(args) and args.prompts else None
+    given = args.prompts if args.prompts != "challenger" and "prompts" in needs(args) else ""
+    sources = read_sources(given, args.iterations) if given else None
     if "judge" in needs(args):
         job.judge = prefmodel.load(args.judge, args.estimator, device, dtype)
     if "model" in needs(args):
@@ -616,7 +646,7 @@ def set_up(argv):
     if "prompts" in needs(args):
         if sources and args.drop_long_prompts:
             sources = [without_long_prompts(source, job.chat, args, rank) for source in sources]
-        validation, test, job.parts = split_prompts(args, world.WORLDS.get(args.world), sources, began)
+        validation, test, job.parts = divided(sources, began, job)
         job.held_out = {"validation": (validation, encode_prompts(validation, job.chat, args)),
                         "test": (test, encode_prompts(test, job.chat, args))}
         for part in job.parts:                              # refuse an over-long prompt now, not after an hour
@@ -629,23 +659,40 @@ def set_up(argv):
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
             run.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
-        if job.parts:                                       # what a resumed run must not change
+        if "prompts" in needs(args):                        # what a resumed run must not change
             run.write_json(record.path("state", "initial.json"), {
                 "initial": str(job.base), "iterations": shorter_sessions(began, args) + [args.iterations],
-                "sources": digests(sources), "size": len(job.parts[0])})
+                "sources": digests(sources), "size": len(job.parts[0]) if job.parts else args.prompts_per_iteration})
         if args.table:                                      # where the phases look for it
             run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
     job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, answer_limits(args), args.seed, job.shard)
     what = (f"stage {args.stage} of iteration {args.iteration}; " if args.stage else
             f"{job.base}, judge {job.judge.name}; {args.iterations} iteration{'s' * (args.iterations > 1)} of "
-            f"{len(job.parts[0])} prompts x K = {args.k}, "
+            f"{len(job.parts[0]) if job.parts else args.prompts_per_iteration} prompts x K = {args.k}, "
             + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
     record.say(f"{method(args)} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
                f"writing to {args.out}")
     if job.board.rows:
         record.say(winrate.table(job.board.rows))
     return job
+
+
+def divided(sources, began, job):
+    """(validation, test, parts): the parts are none where pi_t writes its prompts. Then a real model's held-out prompts
+    are queries of pi_1, the same for all seeds."""
+    args, entry = job.args, world.WORLDS.get(job.args.world)
+    if args.prompts != "challenger":
+        return split_prompts(args, entry, sources, began)
+    job.challenge, count = job.chat.encode(challenger.prompt(args)), args.validation_prompts
+    if entry:
+        return entry.queries("validation", count), entry.queries("test", args.test_prompts), []
+    found = challenger.initial_queries(job.network(job.base), job.chat, job.challenge, args, count + args.test_prompts,
+                                       job.shard)
+    if len(found) <= count:
+        raise run.UserError(f"pi_1 wrote only {len(found)} different queries to evaluate on; lower "
+                            "--validation-prompts, or give a --task that asks for more")
+    return found[:count], found[count:], []
 
 
 def chooses(args):
@@ -663,10 +710,12 @@ def needs(args):
 
 def settle(args):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
-    if args.world and (args.prompts or args.preset):
+    if args.world and (args.prompts not in ("", "challenger") or args.preset):
         raise run.UserError("--world is played without --prompts and --preset; leave one of them out")
-    if not args.world and not args.prompts and not args.table:
+    asks_itself = args.prompts == "challenger" and (not args.judge or prefmodel.world_of(args.judge))
+    if not args.world and not args.table and (not args.prompts or asks_itself):
         args = dataclasses.replace(args, world="operations")
+    challenger.check_flags(args)
     if args.preset and args.loss not in ("sppo", "sppo-hard") and args.eta == PRESETS[args.preset]["eta"]:
         args = dataclasses.replace(args, eta=None)          # a preset may be combined with any loss
     defaults = defaults_of(args.world, args.loss)
@@ -710,9 +759,9 @@ def check_step_size(args):
     if 0 < args.schedule_epochs < args.epochs:
         raise run.UserError(f"--schedule-epochs {args.schedule_epochs} is less than --epochs {args.epochs}, so the "
                             "learning rate would end before the training; raise the first or lower the second")
-    if args.world and args.prompts_per_iteration == 0:
-        raise run.UserError("--prompts-per-iteration 0 means all there are, and an embedded world has no end of them; "
-                            "give a number above 0")
+    if args.prompts_per_iteration == 0 and (args.world or args.prompts == "challenger"):
+        raise run.UserError("--prompts-per-iteration 0 means all there are, and an embedded world or a Challenger has "
+                            "no end of them; give a number above 0")
 
 
 def check_self_play(args):
@@ -723,20 +772,6 @@ def check_self_play(args):
     for name in MAGNET:
         if getattr(args, name) is not None and args.self_play != "magnetic":
             raise run.UserError(f"--{name.replace('_', '-')} is for --self-play magnetic; give that, or leave it out")
-
-
-def check_stage_flags(args):
-    """Raises UserError for --stage, --table and --iteration where they do not fit together."""
-    if args.table and args.stage not in ("judge", "train"):
-        raise run.UserError("--table is for --stage judge or --stage train; without it a run samples its own answers")
-    if args.stage and args.overwrite:
-        raise run.UserError("--overwrite would delete what the other stages left in --out; remove the one file that is "
-                            "to be made again, or give another --out")
-    if args.iteration != 1 and not args.stage:
-        raise run.UserError("--iteration says what --stage works on; without --stage all iterations run")
-    if args.iteration > args.iterations:
-        raise run.UserError(f"--iteration {args.iteration} is beyond --iterations {args.iterations}; lower the one or "
-                            "raise the other")
 
 
 def check_sources(args):

@@ -291,6 +291,20 @@ def encode_talks(prompt, talks, chat, args):
 # what a stage finds of the stages before it
 
 
+def check_stage_flags(args):
+    """Raises UserError for --stage, --table and --iteration where they do not fit together."""
+    if args.table and args.stage not in ("judge", "train"):
+        raise run.UserError("--table is for --stage judge or --stage train; without it a run samples its own answers")
+    if args.stage and args.overwrite:
+        raise run.UserError("--overwrite would delete what the other stages left in --out; remove the one file that is "
+                            "to be made again, or give another --out")
+    if args.iteration != 1 and not args.stage:
+        raise run.UserError("--iteration says what --stage works on; without --stage all iterations run")
+    if args.iteration > args.iterations:
+        raise run.UserError(f"--iteration {args.iteration} is beyond --iterations {args.iterations}; lower the one or "
+                            "raise the other")
+
+
 def check_stage(args):
     """The rows that --stage judge or train works on, else None; for judge without another judge's verdicts. Raises
     UserError where a stage finds nothing to work on, or its result already there."""

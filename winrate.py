@@ -197,7 +197,7 @@ def harder_prompts(judge, chat, sampling, count):
     """{kind: (texts, their ids)}: test queries of the kinds that an embedded world's oracle calls harder, as many as
     `count` and HARDER allow; {} for any other judge."""
     spoken, count = getattr(judge, "spoken", None), min(count, HARDER)
-    found = {kind: spoken.queries("test", count, kind=kind) for kind in (spoken.harder if spoken else ())}
+    found = {kind: spoken.queries("test", count, kind=kind) for kind in (spoken.harder if spoken and count else ())}
     return {kind: (texts, chat.encode_all(texts, 0, sampling.max_new_tokens)) for kind, texts in found.items()}
 
 
@@ -212,8 +212,9 @@ def kept_epoch(record, t):
     rated = [row for row in rows if "validation_win_rate" in row]
     epoch = max(rated, key=lambda row: row["validation_win_rate"])["epoch"] if rated else rows[-1]["epoch"]
     steps = [row for row in rows if row["epoch"] == epoch and "logratio_w" in row]
-    return {"epoch": epoch, **{name: sum(row[name] for row in steps) / len(steps)
-                               for name in ("logratio_w", "logratio_l")}}
+    names = ("logratio_w", "logratio_l", *(key for _, _, key, _ in QUERIES))    # and what pi_t asked, where it asked
+    return {"epoch": epoch, **{name: sum(row[name] for row in steps) / len(steps) for name in names
+                               if name in steps[0]}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -463,8 +463,8 @@ def accuracy(world, net, tokenizer, prompts, temperature, seeds=0):
 OPERATIONS = World(
     harder={"3 ops": dict(count=3), "4 ops": dict(count=4), "weak ops": dict(ops=tuple(MISREAD), shortest=4)},
     sppo=dict(iterations=3, prompts_per_iteration=4096, batch_size=64, all_responses=False, keep="best",
-              optimizer="adamw", max_new_tokens=24, max_prompt_tokens=0, micro_batch=64, max_rows=512, chunk=4096,
-              validation_prompts=512, test_prompts=2000, print_every=64, save_every=0),
+              optimizer="adamw", max_new_tokens=24, max_prompt_tokens=0, max_query_tokens=24, micro_batch=64,
+              max_rows=512, chunk=4096, validation_prompts=512, test_prompts=2000, print_every=64, save_every=0),
     sppo_loss={"sppo": dict(eta=10.0, lr=5e-4, epochs=6), "sppo-hard": dict(eta=8.0, lr=2.5e-4, epochs=6),
                "dpo": dict(beta=1.0, lr=5e-4, epochs=3), "ipo": dict(beta=0.2, lr=2.5e-4, epochs=6)},
     lsp=dict(steps=200, queries=32, answers=8, beta=0.1, self_reward="expected", lr=4e-4, warmup=10,

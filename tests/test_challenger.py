@@ -1,5 +1,5 @@
-"""The Challenger: queries that are held out are written anew, the frozen one never learns, overlap; and what GRPO on a
-given number of distinct queries trains on."""
+"""The Challenger: queries that are held out are written anew, the frozen one never learns, overlap; what GRPO on a given
+number of distinct queries trains on; SPPO on what its own Challenger asks."""
 
 import doctest
 import json
@@ -8,12 +8,18 @@ import pytest
 import torch
 
 import challenger
+import kernels
 import lsp
 import model
+import prefmodel
+import sppo
 import world
 from chat import load_checkpoint
+from conftest import Killed
 from run import UserError
+from table import read_table
 from test_lsp import SMALL, argv, lines, settle
+from test_sppo import SMALL as SPPO
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -152,3 +158,88 @@ def test_d_of_a_file():
     train, test = lsp.read_data(s)
     assert len({query for step in train for query in step}) == 5 and len(test) == 20
     assert not {query for step in train for query in step} & set(test)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SPPO on what its own Challenger asks
+
+
+ASKED = SPPO | dict(prompts="challenger")
+
+
+def test_distinct_queries_however_many_ranks(asking, monkeypatch):
+    net, chat, cp, s = asking
+    whole = challenger.distinct(net, chat, cp, s, ("prompts", 1), 30, world.held_out)
+    assert len(set(whole)) == 30 and all(whole) and not any(map(world.held_out, whole))
+    many = [query.text for query in challenger.ask(net, chat, cp, s, ("prompts", 1), range(60), world.held_out)]
+    assert whole == [text for text in dict.fromkeys(many) if text][:30]
+    with pytest.raises(UserError, match="only 1 different queries in 20"):
+        monkeypatch.setattr(challenger, "extract_query", lambda text: "copy:aa")
+        challenger.distinct(net, chat, cp, s, ("prompts", 1), 2)
+
+
+def test_sppo_without_prompts(base):
+    """Every iteration's prompts are pi_t's own: distinct, none held out, and other ones than the iteration before's."""
+    sppo.main(argv(model=base, out="out", **ASKED))
+    prompts = [[row["prompt"] for row in read_table(f"out/table-{t}.jsonl")] for t in (1, 2)]
+    assert all(len(set(part)) == ASKED["prompts_per_iteration"] for part in prompts) and prompts[0] != prompts[1]
+    assert not any(map(world.held_out, sum(prompts, [])))
+    net, chat = load_checkpoint("out/iter-1", "cpu", torch.float32)
+    s = sppo.settle(sppo.Settings(**ASKED, model=base))
+    again = challenger.distinct(net, chat, chat.encode(world.CHALLENGE), s, ("prompts", 2),
+                                ASKED["prompts_per_iteration"], world.held_out)
+    assert again == prompts[1]
+    rows = json.load(open("out/summary.json"))["evaluations"]
+    assert all("malformed" in row and "overlap" in row for row in rows[2:]) and "malformed" not in rows[0]
+    assert all("malformed" in row for row in lines("out/metrics.jsonl") if "loss" in row)
+    assert json.load(open("out/state/initial.json"))["size"] == ASKED["prompts_per_iteration"]
+
+
+def test_malformed_prompts_hold_the_policy_still():
+    """The oracle marks every answer to nonsense 0: all tie, Phat is 1/2, and the target is 0."""
+    P = prefmodel.load("oracle").preference(["reverse then:ab"], [["ba", "ab", ""]])
+    assert kernels.phat(P).tolist() == [[0.5, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("dies", [("sample_answers", 2), ("judge_answers", 2), ("gradient_step", 4)])
+def test_an_interrupted_one_ends_with_the_same_bytes(dies, base, dies_in, monkeypatch):
+    sppo.main(argv(model=base, out="whole", **ASKED))
+    with monkeypatch.context():
+        dies_in(sppo, *dies)
+        with pytest.raises(Killed):
+            sppo.main(argv(model=base, out="killed", **ASKED))
+    sppo.main(argv(model=base, out="killed", resume=True, **ASKED))
+    for name in ("table-1.jsonl", "table-2.jsonl", "iter-2/model.safetensors"):
+        assert open(f"whole/{name}", "rb").read() == open(f"killed/{name}", "rb").read()
+
+
+def test_stage_by_stage_is_the_whole_run(base):
+    sppo.main(argv(model=base, out="whole", **ASKED))
+    for t in (1, 2):
+        for stage in ("sample", "judge", "train"):
+            sppo.main(argv(model=base, out="parts", stage=stage, iteration=t, **ASKED))
+    for name in ("table-2.jsonl", "iter-2/model.safetensors"):
+        assert open(f"whole/{name}", "rb").read() == open(f"parts/{name}", "rb").read()
+
+
+def test_a_real_model_asks_itself(llama):
+    """The same lines with a chat template, a reward model as judge, and pi_1's own queries to evaluate on."""
+    settings = ASKED | dict(model=f"{llama}/model", judge=f"reward:{llama}/reward", task="Riddles",
+                            prompts_per_iteration=6, validation_prompts=3, test_prompts=4, max_new_tokens=12,
+                            max_query_tokens=16, iterations=1, eta=1.0, lr=1e-4)
+    sppo.main(argv(out="out", **settings))
+    rows = {name: [row["prompt"] for row in lines(f"out/state/{name}.jsonl")] for name in ("validation", "test")}
+    train = [row["prompt"] for row in read_table("out/table-1.jsonl")]
+    assert len(rows["validation"]) == 3 and rows["test"] and len(set(train)) == 6
+    assert not set(train) & set(sum(rows.values(), [])) and not set(rows["validation"]) & set(rows["test"])
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(task="Riddles"), "--task does nothing without --prompts challenger"),
+    (dict(prompts="challenger", world="intransitive"), "--world intransitive has no Challenger"),
+    (dict(prompts="challenger", task="Riddles"), "--task is for real models"),
+    (dict(prompts="challenger", prompts_per_iteration=0), "or a Challenger has no end of them"),
+    (dict(prompts="challenger", model="m", prompts_per_iteration=0, judge="reward:r"), "has no end of them")])
+def test_flags_that_do_not_fit(given, says):
+    with pytest.raises(UserError, match=says):
+        sppo.settle(sppo.Settings(**given))
