@@ -126,8 +126,8 @@ class RewardFunction:
     def reward(self, prompts, responses):
         """B prompts, B lists of K answers -> [B, K] float32. A prompt's equal answers are asked about once."""
         B, K = rectangle(prompts, responses)
-        ask = _asker(self)
-        rewards = [[ask(prompt, answer) for answer in row] for prompt, row in zip(prompts, responses)]
+        about = _asker(self)
+        rewards = [list(map(about(prompt), row)) for prompt, row in zip(prompts, responses)]
         return torch.tensor(rewards, dtype=torch.float32).reshape(B, K)
 
     def preference(self, prompts, responses):
@@ -151,26 +151,32 @@ class PreferenceFunction:
     def preference(self, prompts, responses):
         """B prompts, B lists of K answers -> P [B, K, K] float32."""
         B, K = rectangle(prompts, responses)
-        ask, P = _asker(self, (0.0, 1.0)), torch.full((B, K, K), 0.5)
-        for b, (prompt, row) in enumerate(zip(prompts, responses)):
-            for i, j in itertools.permutations(range(K), 2):
+        about, P = _asker(self, (0.0, 1.0)), torch.full((B, K, K), 0.5).tolist()
+        for p, prompt, row in zip(P, prompts, responses):
+            ask = about(prompt)
+            for i, j in itertools.combinations(range(K), 2):
                 if row[i] != row[j]:
-                    P[b, i, j] = (ask(prompt, row[i], row[j]) + 1 - ask(prompt, row[j], row[i])) / 2
-        return P
+                    first, second = ask(row[i], row[j]), ask(row[j], row[i])
+                    p[i][j], p[j][i] = (first + 1 - second) / 2, (second + 1 - first) / 2
+        return torch.tensor(P, dtype=torch.float32).reshape(B, K, K)
 
 
 def _asker(judge, bounds=None):
-    """A function (prompt, *answers) -> the number of the judge's own function, which is called once for what is
-    equal, the prompt's turns and row included."""
+    """A function of a prompt: a function (*answers) -> the number of the judge's own function, which is called once for
+    what is equal, the prompt's turns and row included."""
     known, bounds = {}, bounds or judge.bounds
 
-    def ask(prompt, *answers):
+    def about(prompt):
         prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-        key = (prompt, repr(vars(prompt)), answers)
-        if key not in known:
-            known[key] = _number(judge, bounds, prompt, *answers, prompt.row)
-        return known[key]
-    return ask
+        described = repr(vars(prompt))
+
+        def ask(*answers):
+            key = (prompt, described, answers)
+            if key not in known:
+                known[key] = _number(judge, bounds, prompt, *answers, prompt.row)
+            return known[key]
+        return ask
+    return about
 
 
 def _number(judge, bounds, *inputs):
