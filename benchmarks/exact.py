@@ -23,6 +23,7 @@ import torch
 import games
 import plots
 import run
+import winrate
 import world
 from chat import load_checkpoint
 
@@ -122,10 +123,23 @@ def rights(path, name, summary, part, kind, count, known):
     if key not in known:
         spoken = entry_of(summary)
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
-        queries = spoken.queries(part, count, kind=kind)
-        answers = world.answers(net, chat.tokenizer, queries, temperature=0)
-        known[key] = "".join("1" if spoken.score(q, a) == 1 else "0" for q, a in zip(queries, answers))
+        queries, ids = asked(summary["settings"]["world"], chat, part, kind, count)
+        answers, _ = winrate.answer(net, chat, ids, 1, SAMPLING, 0, greedy=True)
+        known[key] = "".join("1" if spoken.score(q, a) == 1 else "0" for q, (a,) in zip(queries, answers))
     return torch.tensor([float(bit) for bit in known[key]], dtype=torch.float64)
+
+
+SAMPLING = winrate.Sampling(max_new_tokens=24, max_rows=1000)
+ENCODED = {}            # encoding the queries takes as long as answering them, and all checkpoints get the same
+
+
+def asked(name, chat, part, kind, count):
+    """(queries, their ids) of the world of that name."""
+    key = name, part, kind, count
+    if key not in ENCODED:
+        queries = world.WORLDS[name].queries(part, count, kind=kind)
+        ENCODED[key] = queries, chat.encode_all(queries, 0, SAMPLING.max_new_tokens)
+    return ENCODED[key]
 
 
 def kinds(results):
@@ -195,7 +209,8 @@ def iterate_styles(path, name, summary, args):
     known, key = run.read_json(file) if os.path.exists(file) else {}, f"{name} {args.part} styles {args.count}"
     if key not in known:
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
-        queries = entry_of(summary).queries(args.part, args.count)
-        known[key] = world.style_shares(world.answers(net, chat.tokenizer, queries, temperature=1))
+        _, ids = asked(summary["settings"]["world"], chat, args.part, "", args.count)
+        answers, _ = winrate.answer(net, chat, ids, 1, SAMPLING, 0)
+        known[key] = world.style_shares(sum(answers, []))
         run.write_json(file, known, indent=None)
     return torch.tensor(known[key], dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 
 import eval as evaluation
 import lsp
+import winrate
 import world
 from benchmarks import exact
 from conftest import is_png
@@ -83,7 +84,7 @@ def test_nothing_is_decoded_twice(two_runs, monkeypatch, capsys):
     ask = ["exact", "out/a", "--count", "40", "--harder", "0"]
     evaluation.main(ask)
     first = capsys.readouterr().out
-    monkeypatch.setattr(world, "answers", None)
+    monkeypatch.setattr(winrate, "answer", None)
     evaluation.main(ask)
     assert capsys.readouterr().out == first
 
