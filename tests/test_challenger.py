@@ -53,7 +53,7 @@ def test_a_held_out_query_is_written_anew(asking):
 
 def test_one_that_writes_nothing_else_is_told_so(asking):
     net, chat, cp, s = asking
-    with pytest.raises(UserError, match="kept for evaluation, 10 times in a row; give other --eval-prompts"):
+    with pytest.raises(UserError, match="kept for evaluation, 10 times in a row; give a --task or"):
         challenger.ask(net, chat, cp, s, ("queries", 0), range(2), lambda text: True)
 
 
