@@ -118,17 +118,18 @@ def extragradient(P, start, eta, steps):
     return torch.stack(iterates)
 
 
-def magnetic(P, start, eta, steps, alpha, every=0):
-    """log pi_{t+1} = (log pi_t + eta g_t + eta alpha log m) / (1 + eta alpha) + const: a magnet m pulls with strength
-    alpha. It is the start (every = 0), or moves to pi_t after every `every` steps.
+def magnetic(P, start, eta, steps, weight, every=0):
+    """log pi_{t+1} = (1 - w) log pi_t + w log m + eta g_t + const: a magnet m pulls with weight w. It is the start
+    (every = 0), or moves to pi_t after every `every` steps.
 
-    Fixed (magnetic mirror descent, Sokota et al., arXiv 2206.05825): the last iterate converges at a linear rate if eta
-    is small enough for alpha, but to the equilibrium of the regularised game, pi = softmax(log m + P pi / alpha), which
-    lies towards the magnet. Moved (Perolat et al., arXiv 2002.08456; for preferences Magnetic Preference Optimization,
-    arXiv 2410.16714, and COMAL, arXiv 2410.23223): it converges to the game's own equilibrium, if each regularised game
-    is nearly solved before the next. Too early does not help: every = 1 is the plain rule at eta / (1 + eta alpha).
+    Fixed, this is magnetic mirror descent (Sokota et al., arXiv 2206.05825) with a magnet of strength alpha = w / eta
+    and steps of eta / (1 - w). The last iterate converges at a linear rate if eta is small enough for alpha, but to the
+    equilibrium of the regularised game, pi = softmax(log m + P pi / alpha), which lies towards the magnet. Moved
+    (Perolat et al., arXiv 2002.08456; for preferences Magnetic Preference Optimization, arXiv 2410.16714, and COMAL,
+    arXiv 2410.23223): it converges to the game's own equilibrium, if each regularised game is nearly solved before the
+    next. Too early does not help: with every = 1 the magnet is pi_t itself, and this is the plain rule.
 
-    >>> start, rest = [0.45, 0.25, 0.3], functools.partial(magnetic, world.STYLES, eta=2.0, steps=400, alpha=0.1)
+    >>> start, rest = [0.45, 0.25, 0.3], functools.partial(magnetic, world.STYLES, eta=2.0, steps=400, weight=0.2)
     >>> [f"{best_response(world.STYLES, rest(start, every=every)[-1]):.3f}" for every in (0, 10)]
     ['0.529', '0.500']
     """
@@ -138,7 +139,7 @@ def magnetic(P, start, eta, steps, alpha, every=0):
         if every and t % every == 0:
             magnet = log_pi
         iterates.append(log_pi.softmax(0))
-        log_pi = (log_pi + eta * (P @ iterates[-1]) + eta * alpha * magnet) / (1 + eta * alpha)
+        log_pi = (1 - weight) * log_pi + weight * magnet + eta * (P @ iterates[-1])
     return torch.stack(iterates)
 
 
@@ -271,12 +272,12 @@ class Settings:
     out: str = run.flag("out/games.png", 'the picture of the updates on the game of styles; "" = none')
 
 
-ALPHA = 0.1             # strength of the magnets and of Nash-MD's reference
+WEIGHT, TAU = 0.2, 0.1  # of the magnets; strength of Nash-MD's reference
 RULES = {"plain": multiplicative_weights, "leapfrog": leapfrog, "optimistic": optimistic,
          "extragradient": extragradient,
-         "magnet, fixed": functools.partial(magnetic, alpha=ALPHA),
-         "magnet, moved": functools.partial(magnetic, alpha=ALPHA, every=10),
-         "Nash-MD": functools.partial(nash_md, tau=ALPHA)}
+         "magnet, fixed": functools.partial(magnetic, weight=WEIGHT),
+         "magnet, moved": functools.partial(magnetic, weight=WEIGHT, every=10),
+         "Nash-MD": functools.partial(nash_md, tau=TAU)}
 STYLES_START, STYLES_ETA, STYLES_T = (0.45, 0.25, 0.3), 2.0, 40     # as a run of --world intransitive
 
 
@@ -309,8 +310,8 @@ def _last_iterates(T=100, seeds=20):
     for n in (3, 5, 8):
         played[f"random, n = {n}"] = ([random_game(n, seed) for seed in range(seeds)], torch.ones(n) / n, 2.0, T)
     lines = ["Duality gaps of the last ten iterates (their mean) and of the average; best response = 1/2 + gap / 2",
-             f"alpha = tau = {ALPHA:g}; styles: eta {STYLES_ETA:g}, {STYLES_T} iterations; the others {T}: rock paper "
-             f"scissors at eta 1, {seeds} random games each at eta 2",
+             f"w {WEIGHT:g}, tau {TAU:g}; styles: eta {STYLES_ETA:g}, {STYLES_T} iterations; the others {T}: rock "
+             f"paper scissors at eta 1, {seeds} random games each at eta 2",
              " " * 14 + "".join(f"  {game:^19s}" for game in played),
              " " * 14 + f"  {'last ten':>9s} {'average':>9s}" * len(played)]
     for name, rule in RULES.items():

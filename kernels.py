@@ -374,20 +374,20 @@ def optimistic(P, before=None):
     return 0.5 + K / (K - 1) * (2 * now - before)
 
 
-def magnetic(wins, logratio, eta, alpha):
+def magnetic(wins, logratio, eta, weight):
     """p* [..., n], which stands in Phat's place where self-play is drawn to a magnet, a fixed policy pi_mag:
-    p* = 1/2 + (Phat - 1/2 - alpha (l - mean l)) / (1 + eta alpha),  l = log pi_t(y|x) / pi_mag(y|x).
+    p* = Phat - (w / eta) (l - mean l),  l = log pi_t(y|x) / pi_mag(y|x).
 
     wins [..., n] are the answers' Phats, logratio [..., n] their l; the mean over them stands for the normaliser of
-    log pi_{t+1} = (log pi_t + eta P(y > pi_t) + eta alpha log pi_mag) / (1 + eta alpha) + const. Its iterates come to
-    rest near the Nash equilibrium, the nearer the smaller alpha is, and on it when the magnet is moved to pi_t from
-    time to time. (Sokota et al., arXiv 2206.05825; Magnetic Preference Optimization, arXiv 2410.16714; the moving
-    magnet also in COMAL, arXiv 2410.23223.)
+    log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t). Its iterates come to rest near the Nash
+    equilibrium, the nearer the smaller w / eta is, and on it when the magnet is moved to pi_t from time to time.
+    (Sokota et al., arXiv 2206.05825, whose strength alpha is w / eta; Magnetic Preference Optimization, arXiv
+    2410.16714; the moving magnet also in COMAL, arXiv 2410.23223.)
 
-    >>> magnetic(torch.tensor([.75, .25]), torch.tensor([1., -1.]), eta=5.0, alpha=.2)  # targets eta (p* - 1/2): +-1/8
-    tensor([0.5250, 0.4750])
+    >>> magnetic(torch.tensor([.75, .25]), torch.tensor([1., -1.]), eta=4.0, weight=.5)  # targets eta (p* - 1/2): +-1/2
+    tensor([0.6250, 0.3750])
     """
-    return 0.5 + (wins - 0.5 - alpha * (logratio - logratio.mean(-1, keepdim=True))) / (1 + eta * alpha)
+    return wins - weight / eta * (logratio - logratio.mean(-1, keepdim=True))
 
 
 def magnet_at(t, every):

@@ -93,7 +93,7 @@ PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_respo
 PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)}
 LOSSES = tuple(PAPER_LOSS)
-MAGNET = dict(magnet=0.2, magnet_every=10)      # what --self-play magnetic begins with
+MAGNET = dict(magnet=0.5, magnet_every=10)      # what --self-play magnetic begins with
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
 # --schedule-epochs 18 --temperature 1 --top-p 1. Where prompt and answer exceed 1,024 tokens the official code cuts the
@@ -148,7 +148,7 @@ class Settings(challenger.Settings):
         "pi_{t-1}), for K more answers sampled a prompt and all pairs of 2K judged instead of K (for K 5 45, not 10); "
         "magnetic = P(y > pi_t) and a pull to an earlier policy, for one more forward pass",
         ("plain", "optimistic", "magnetic"))
-    magnet: float | None = flag(None, f"alpha, weight of --self-play magnetic's pull [{MAGNET['magnet']}]", above=0)
+    magnet: float | None = flag(None, f"magnet's weight w, pi_t's is 1 - w [{MAGNET['magnet']}]", above=0, at_most=1)
     magnet_every: int | None = flag(None,
         "iterations between two moves of the magnet to pi_t, from pi_1 on; 0 = it stays at pi_1 "
         f"[{MAGNET['magnet_every']}]", at_least=0)
@@ -254,7 +254,7 @@ def trained(t, examples, statistics, job):
     net = job.take(job.pi_path(t))
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
-    # log pi_{t+1} = (log pi_t + eta P(y > pi_t) + eta alpha log pi_mag) / (1 + eta alpha): the pull to a fixed policy
+    # log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t) + const: the pull to a fixed policy
     # ends the circling, near the equilibrium. The magnet is moved to pi_t from time to time, so that it arrives there.
     if args.self_play == "magnetic":
         draw_to_magnet(t, examples, job)
@@ -724,8 +724,8 @@ def settle(args):
     if args.gradient_accumulation > 0:
         passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
-    if args.self_play == "magnetic":
-        defaults |= MAGNET
+    defaults |= MAGNET if args.self_play == "magnetic" else {}
+    defaults |= world.WORLDS[args.world].self_play.get(args.self_play, {}) if args.world else {}
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.judge and args.world:
         args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))

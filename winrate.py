@@ -309,8 +309,8 @@ def exact_styles(summary):
     something else.
 
     eta is scaled by (K - 1)/K: among K samples each is compared with itself too, which gives 1/2, so that the mean of
-    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2. The optimistic target is not shrunk. The magnetic one is as a whole,
-    which comes to the step eta' with eta' / (1 + eta' alpha) = (K - 1)/K eta / (1 + eta alpha).
+    Phat - 1/2 is (K - 1)/K of P(y > pi_t) - 1/2. So is the magnet's weight: an answer's own log-ratio is part of the
+    mean that is taken off it. The optimistic target is not shrunk.
     """
     s = summary["settings"]
     if not s["all_responses"]:
@@ -320,8 +320,7 @@ def exact_styles(summary):
     if s.get("self_play") == "optimistic":
         return games.optimistic(world.STYLES, start, eta, T)
     if s.get("self_play") == "magnetic":
-        eta = shrunk * eta / (1 + (1 - shrunk) * eta * s["magnet"])
-        return games.magnetic(world.STYLES, start, eta, T, s["magnet"], s["magnet_every"])
+        return games.magnetic(world.STYLES, start, shrunk * eta, T, shrunk * s["magnet"], s["magnet_every"])
     return games.multiplicative_weights(world.STYLES, start, shrunk * eta, T)
 
 

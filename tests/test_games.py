@@ -95,22 +95,22 @@ def test_extragradient_by_hand():
 
 def test_magnetic_by_hand():
     """Two steps with the magnet at the start; moved after the first, the second pulls towards where it stands."""
-    one, alpha = [0.25, 0.75], 0.3
+    one, w = [0.25, 0.75], 0.3
 
     def pulled(policy, magnet):
-        logs = [(math.log(p) + ETA * g + ETA * alpha * math.log(m)) / (1 + ETA * alpha)
+        logs = [(1 - w) * math.log(p) + w * math.log(m) + ETA * g
                 for p, g, m in zip(policy, gains(policy), magnet)]
         return after([1, 1], logs, 1)
 
     two = pulled(one, one)
     for every, magnet in ((0, one), (2, one), (1, two)):
         want = [pytest.approx(p) for p in (one, two, pulled(two, magnet))]
-        assert games.magnetic(PAIR, one, ETA, 3, alpha, every).tolist() == want
+        assert games.magnetic(PAIR, one, ETA, 3, w, every).tolist() == want
 
 
-def test_a_magnet_moved_at_every_step_is_plain_self_play_with_a_smaller_step():
-    moved = games.magnetic(world.STYLES, [0.6, 0.3, 0.1], 1.0, 50, alpha=0.25, every=1)
-    torch.testing.assert_close(moved, games.multiplicative_weights(world.STYLES, [0.6, 0.3, 0.1], 1 / 1.25, 50))
+def test_a_magnet_moved_at_every_step_is_plain_self_play():
+    moved = games.magnetic(world.STYLES, [0.6, 0.3, 0.1], 1.0, 50, weight=0.25, every=1)
+    torch.testing.assert_close(moved, games.multiplicative_weights(world.STYLES, [0.6, 0.3, 0.1], 1.0, 50))
 
 
 def test_nash_md_by_hand():
@@ -127,7 +127,7 @@ def test_nash_md_by_hand():
 
 
 RULES = {"plain": games.multiplicative_weights, "leapfrog": games.leapfrog, "optimistic": games.optimistic,
-         "extragradient": games.extragradient, "moved": functools.partial(games.magnetic, alpha=0.1, every=20)}
+         "extragradient": games.extragradient, "moved": functools.partial(games.magnetic, weight=0.1, every=20)}
 FULL = {"rock, paper, scissors": (ROCK, torch.ones(3).double() / 3), "styles": (world.STYLES, NASH)}
 START = [0.6, 0.3, 0.1]                            # far from both
 
@@ -196,7 +196,7 @@ def test_all_the_log_ratios_hold_the_gain_before_and_one_does_not():
 def test_a_fixed_magnet_rests_beside_the_equilibrium(game):
     """At the regularised game's own: pi = softmax(log magnet + P pi / alpha). The gap is between plain's and none."""
     P, start, alpha = torch.tensor(FULL[game][0]).double(), torch.tensor(START).double(), 0.1
-    rest = games.magnetic(P, start, 0.1, 4000, alpha)[-1]
+    rest = games.magnetic(P, start, 0.1, 4000, 0.1 * alpha)[-1]
     torch.testing.assert_close(rest, (start.log() + P @ rest / alpha).softmax(0))
     plain = games.multiplicative_weights(P, start, 0.5, 2000)[-100:]
     assert 0.15 < games.duality_gap(P, rest) < 0.25 < sum(games.duality_gap(P, policy) for policy in plain) / 100
@@ -206,7 +206,7 @@ def test_a_fixed_magnet_rests_beside_the_equilibrium(game):
 def test_nash_md_rests_beside_the_equilibrium():
     """At pi = softmax(log start + P m / tau), m the mixture; the smaller eta, the nearer to the regularised game's."""
     P, start, tau = torch.tensor(world.STYLES).double(), torch.tensor(START).double(), 0.1
-    regularised = games.magnetic(P, start, 0.1, 4000, tau)[-1]
+    regularised = games.magnetic(P, start, 0.1, 4000, 0.1 * tau)[-1]
     away = []
     for eta in (0.4, 0.2, 0.1):
         rest = games.nash_md(P, start, eta, 4000, tau)[-1]
@@ -256,7 +256,7 @@ def test_the_command_prints_the_tables_and_writes_the_picture(capsys):
     assert list(rows) == list(games.RULES) and {len(row) for row in rows.values()} == {10}
     for last in (0, 2, 6, 8):           # of every game but the random ones of 3, most of which one strategy dominates
         assert max(rows["optimistic"][last], rows["extragradient"][last]) < rows["leapfrog"][last] < rows["plain"][last]
-    assert max(row[1] for row in rows.values()) < 0.1       # every average is near the equilibrium of some game
+    assert max(row[1] for row in rows.values()) < 0.12      # every average is near the equilibrium of some game
     assert "Theorem 4.1" in text and [line.split()[0] for line in text.splitlines()[3:7]] == ["16", "64", "256", "1024"]
 
 

@@ -45,12 +45,12 @@ def test_the_optimistic_target_by_hand():
 
 
 def test_the_magnetic_target_by_hand():
-    """eta 4, alpha 1/2: the targets are (4 (Phat - 1/2) - 2 (l - mean l)) / 3."""
+    """eta 4, w 2: the targets are 4 (Phat - 1/2) - 2 (l - mean l)."""
     wins, logratio = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[2.0, 1.0], [3.0, 3.0]])
-    targets = 4 * (kernels.magnetic(wins, logratio, eta=4.0, alpha=0.5) - 0.5)
+    targets = 4 * (kernels.magnetic(wins, logratio, eta=4.0, weight=2.0) - 0.5)
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0], [0.0, 0.0]]))     # +-1 for the wins, -+1 for the pull
-    targets = 4 * (kernels.magnetic(wins, 3 * logratio, eta=4.0, alpha=0.5) - 0.5)
-    torch.testing.assert_close(targets, torch.tensor([[-2 / 3, 2 / 3], [0.0, 0.0]]))
+    targets = 4 * (kernels.magnetic(wins, 3 * logratio, eta=4.0, weight=2.0) - 0.5)
+    torch.testing.assert_close(targets, torch.tensor([[-2.0, 2.0], [0.0, 0.0]]))
 
 
 def test_answers_that_tie_stay_where_they_are():
@@ -87,7 +87,7 @@ def test_the_optimistic_target_is_not_shrunk(K):
 @pytest.mark.parametrize("rule", ["optimistic", "magnetic", "magnetic, fixed"])
 def test_the_targets_are_the_steps_of_exact_play(rule):
     """log pi_{t+1} = log pi_t + eta (p* - 1/2) + const, with infinitely many answers, is the rule in games.py."""
-    start, eta, alpha, every, T = torch.tensor([0.45, 0.25, 0.3], dtype=torch.float64), 2.0, 0.3, 3, 12
+    start, eta, w, every, T = torch.tensor([0.45, 0.25, 0.3], dtype=torch.float64), 2.0, 0.3, 3, 12
     every = 0 if rule == "magnetic, fixed" else every
     iterates = [start]
     for t in range(1, T):
@@ -99,10 +99,10 @@ def test_the_targets_are_the_steps_of_exact_play(rule):
             p = expected_target(lambda P, drawn: kernels.optimistic(P, before[drawn]), now, 3)
         else:
             pull = now.log() - iterates[kernels.magnet_at(t, every) - 1].log()
-            p = kernels.magnetic(STYLES @ now, pull, eta, alpha)
+            p = kernels.magnetic(STYLES @ now, pull, eta, w)
         iterates.append((now.log() + eta * (p - 0.5)).softmax(0))
     exact = (games.optimistic(STYLES, start, eta, T) if rule == "optimistic"
-             else games.magnetic(STYLES, start, eta, T, alpha, every))
+             else games.magnetic(STYLES, start, eta, T, w, every))
     torch.testing.assert_close(torch.stack(iterates), exact, atol=1e-12, rtol=0)
     plain = games.multiplicative_weights(STYLES, start, eta, T)
     assert float((exact[2:] - plain[2:]).abs().min(1).values.max()) > 1e-3
@@ -190,8 +190,8 @@ def test_an_optimistic_run_by_hand(whole, base):
 
 def test_a_magnetic_run_by_hand(whole, base):
     """--magnet-every 2: pi_1 in iterations 1 and 2, pi_3 in iteration 3. Where pi_t is the magnet itself the targets
-    are the plain ones over 1 + eta alpha, and no second network is asked."""
-    out, eta, alpha = whole("magnetic"), TINY["eta"], 0.5
+    are the plain ones, and no second network is asked."""
+    out, eta, w = whole("magnetic"), TINY["eta"], 0.5
     assert [name for name in os.listdir(f"{out}/state") if name.startswith("magnet")] == ["magnet-2.json"]
     args = sppo.settle(sppo.Settings(**{**TINY, **RULES["magnetic"]}))
     for t, loss in zip((1, 2, 3), first_losses(out), strict=True):
@@ -201,7 +201,7 @@ def test_a_magnetic_run_by_hand(whole, base):
             pull = sppo.sequence_logprobs(policy(out, base, t), examples) - magnet
         assert (float(pull.abs().max()) > 0.01) == (t == 2)
         wins = torch.tensor([example["p"] for example in examples])
-        targets = (eta * (wins - 0.5) - eta * alpha * (pull - pull.mean(1, keepdim=True))) / (1 + eta * alpha)
+        targets = eta * (wins - 0.5) - w * (pull - pull.mean(1, keepdim=True))
         assert loss == pytest.approx(float((targets ** 2).mean()), rel=1e-3, abs=1e-6)
 
 
@@ -318,9 +318,9 @@ def test_flags_that_do_not_go_together(given, sentence):
 
 def test_what_magnetic_play_begins_with():
     args = sppo.settle(sppo.Settings(self_play="magnetic"))
-    assert (args.magnet, args.magnet_every) == (0.2, 10)
+    assert (args.magnet, args.magnet_every) == (0.5, 10)
     args = sppo.settle(sppo.Settings(self_play="magnetic", magnet_every=0))
-    assert (args.magnet, args.magnet_every) == (0.2, 0)
+    assert (args.magnet, args.magnet_every) == (0.5, 0)
     for name, value in (("magnet", "0"), ("magnet-every", "-1")):
         with pytest.raises(UserError, match=f"--{name} {float(value) if name == 'magnet' else value} must be"):
             run.parse(sppo.Settings, [f"--{name}", value], "")

@@ -309,7 +309,7 @@ def test_an_entry_of_the_registry_is_a_whole_world(name):
         size = {"eta", "beta", "magnet", "magnet_every"} - entry.sppo_loss[loss].keys()     # no magnet in plain play
         assert {field for field, value in dataclasses.asdict(settled).items() if value is None} == size
     for pay in entry.lsp_reward if entry.lsp else ():
-        flags = {"mode": "grpo"} if pay == "grpo" else {"challenger_reward": pay}
+        flags = {"grpo": {"mode": "grpo"}, "frozen": {"challenger": "frozen"}}.get(pay, {"challenger_reward": pay})
         assert None not in dataclasses.asdict(lsp.settle(lsp.Settings(world=name, **flags))).values()
 
 
