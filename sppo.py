@@ -93,7 +93,7 @@ PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_respo
 PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)}
 LOSSES = tuple(PAPER_LOSS)
-MAGNET = dict(magnet=0.5, magnet_every=10)      # what --self-play magnetic begins with
+MAGNET = dict(magnet=0.33, magnet_every=10)     # what --self-play magnetic begins with
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
 # --schedule-epochs 18 --temperature 1 --top-p 1. Where prompt and answer exceed 1,024 tokens the official code cuts the

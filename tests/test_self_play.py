@@ -318,9 +318,9 @@ def test_flags_that_do_not_go_together(given, sentence):
 
 def test_what_magnetic_play_begins_with():
     args = sppo.settle(sppo.Settings(self_play="magnetic"))
-    assert (args.magnet, args.magnet_every) == (0.5, 10)
+    assert (args.magnet, args.magnet_every) == (0.33, 10)
     args = sppo.settle(sppo.Settings(self_play="magnetic", magnet_every=0))
-    assert (args.magnet, args.magnet_every) == (0.5, 0)
+    assert (args.magnet, args.magnet_every) == (0.33, 0)
     for name, value in (("magnet", "0"), ("magnet-every", "-1")):
         with pytest.raises(UserError, match=f"--{name} {float(value) if name == 'magnet' else value} must be"):
             run.parse(sppo.Settings, [f"--{name}", value], "")
