@@ -229,8 +229,7 @@ FIGURES = [("win rate", 13, lambda row: f"{row['win_rate']:.3f} ±{row['win_rate
            ("tokens", 7, lambda row: f"{row['mean_length']:.1f}")]
 # and what lsp.py's rows say of the Challenger's queries besides; such a column stands only where a row has it
 QUERIES = [("malformed", 9, "malformed", "{:.1%}"), ("operations", 10, "ops", "{:.2f}"),
-           ("distinct", 8, "distinct", "{:.1%}"), ("overlap", 7, "overlap", "{:.3f}"),
-           ("base acc. on queries", 20, "base_accuracy", "{:.3f}")]
+           ("overlap", 7, "overlap", "{:.3f}"), ("base acc. on queries", 20, "base_accuracy", "{:.3f}")]
 
 
 def decimals(value):
