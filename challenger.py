@@ -4,8 +4,8 @@ It is the model itself under a fixed prompt cp that wants one query: q ~ pi(.|cp
 Box 1). lsp.py pays it for what it asks; `sppo.py --prompts challenger` only lets it ask. Here stand cp, the way from
 what was written to a query, and what can be said of many queries: how many are malformed, how hard, how much alike.
 
-A query that is kept for evaluation is written anew: neither the Solver nor the Challenger may learn from it, and a
-Challenger meets such queries by itself.
+A query that is kept for evaluation is written anew: nobody may learn from it, and a Challenger that is left alone soon
+writes some.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ Keep in mind:
 - Neither of the two tags may appear in what you write.
 - If the task and the template are empty, use your best judgment.
 """
-ATTEMPTS = 10                   # so often a query is written anew while it is one that is kept for evaluation
+ATTEMPTS = 10                   # how often a query is written while it is one that is kept for evaluation
 
 
 @dataclasses.dataclass
@@ -113,7 +113,8 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
     its text between the template's tags, as far as there is room for an answer; ids and logp are all that was written.
 
     names: a query's random stream belongs to them and to its number. held_out: of a text, whether it is kept for
-    evaluation. Raises UserError where one query is that after ATTEMPTS attempts.
+    evaluation. One that still is after ATTEMPTS attempts counts as empty: a Challenger that knows nothing else earns
+    nothing by it.
     """
     room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
     for attempt in range(ATTEMPTS if missing else 0):
@@ -127,17 +128,23 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
         missing = [i for i in missing if held_out and held_out(found[i].text)]
         if not missing:
             break
-    if missing:
-        raise run.UserError(f"the Challenger wrote {found[missing[0]].text[:80]!r}, a prompt that is kept for "
-                            f"evaluation, {ATTEMPTS} times in a row; give a --task or --challenger-prompt that asks "
-                            "for more, or other prompts to evaluate on")
+    for i in missing:
+        found[i].text = ""
     return [found[i] for i in numbers]
 
 
 def unwanted(args, kept, chat):
     """Which texts sppo.py does not take for prompts, as a function: those kept for evaluation, and those too long."""
-    room, kept = chat.room(args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens), set(kept)
-    return lambda text: (world.held_out(text) if args.world else text in kept) or len(chat.encode(text)) > room
+    room = chat.room(args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens)
+    evaluated = held_out(args, kept)
+    return lambda text: evaluated(text) or len(chat.encode(text)) > room
+
+
+def held_out(args, kept):
+    """Whether a text is kept for evaluation, as a function: one of the prompts `kept`, and in an embedded world any
+    query of its validation and test parts."""
+    kept, entry = set(kept), world.WORLDS.get(args.world)
+    return lambda text: text in kept or entry is not None and entry.held_out(text)
 
 
 def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 1)):
@@ -155,14 +162,14 @@ def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 
     return list(found)[:count]
 
 
-def initial_queries(net, chat, challenge, args, count, shard=(0, 1)):
+def initial_queries(net, chat, challenge, args, count, shard=(0, 1), longest=0, total=0):
     """Prompts to evaluate on where none are given: at most `count` distinct queries of the initial model that can be
-    answered, the same for all seeds."""
+    answered, the same for all seeds. longest: tokens of a prompt, total: of prompt and answer; 0 = no such bound."""
     rank, ranks = shard
     asking = dataclasses.replace(args, seed=0, max_new_tokens=1)
     mine = ask(net, chat, challenge, asking, ("queries", "test"), range(rank, 2 * count, ranks))
     asked = run.gather([query.text for query in mine], 2 * count)
-    room = chat.room(0, args.max_new_tokens)
+    room = chat.room(longest, args.max_new_tokens, total)
     found = [text for text in dict.fromkeys(asked) if text and len(chat.encode(text)) <= room][:count]
     if not found:
         raise run.UserError("the initial model wrote no query to the Challenger's prompt; give --eval-prompts FILE, or "

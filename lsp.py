@@ -573,7 +573,6 @@ def set_up(argv):
         job.challenge = job.chat.encode(asked)
         job.trained = job.challenge if args.challenger == "trained" else None
         job.asker = job.net if args.challenger == "trained" else job.ref
-        job.held_out = world.held_out if args.world else set(test or ()).__contains__
     check_prompts(job, test, table_judge)
     if args.mode == "lsp":
         job.self_reward = prefmodel.SelfReward(job.ref, job.chat, args.self_reward, args.self_reward_prompt,
@@ -586,6 +585,7 @@ def set_up(argv):
         kept = record.path("state", "test.jsonl")
         test = (read_prompts(kept) if args.resume and os.path.exists(kept)
                 else challenger.initial_queries(job.ref, job.chat, job.challenge, args, args.test_prompts, job.shard))
+    job.held_out = challenger.held_out(args, test)
     if rank == 0:
         run.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
         run.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
@@ -721,7 +721,11 @@ def read_data(args):
     if args.world:
         spoken = world.WORLDS[args.world]
         if args.mode == "grpo" and not train:
-            train = spoken.queries("train", args.train_prompts or args.steps * args.queries, args.seed)
+            train = spoken.queries("train", args.train_prompts or args.steps * args.queries, args.seed,
+                                   distinct=args.train_prompts > 0)
+        elif train and any(map(spoken.held_out, train)):
+            raise run.UserError(f"--prompts {args.prompts} holds queries of the embedded world's validation and test "
+                                "parts; leave them out (world.World.held_out knows them)")
         test = test or spoken.queries("test", args.test_prompts)
         if not all(map(spoken.parse, (train or []) + test)):
             raise run.UserError("the oracle knows only the embedded world's queries; for other --prompts and "
@@ -731,7 +735,7 @@ def read_data(args):
     if train:
         held = set(test)
         train = [p for p in train if p not in held]
-        if args.train_prompts and not args.world:
+        if args.train_prompts and args.prompts:
             train = run.shuffled(train, args.seed, "training prompts")[:args.train_prompts]
         if len(train) < min(args.queries, args.train_prompts or args.queries):
             raise run.UserError(f"--prompts {args.prompts} leaves {len(train)} prompts to train on beside "

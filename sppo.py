@@ -96,9 +96,7 @@ LOSSES = tuple(PAPER_LOSS)
 MAGNET = dict(magnet=0.33, magnet_every=10)     # what --self-play magnetic begins with
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
-# --schedule-epochs 18 --temperature 1 --top-p 1. Where prompt and answer exceed 1,024 tokens the official code cuts the
-# prompt to 512 and then the answer, which loses its end token. Here sampling stops at 1,024 in all, and a prompt beyond
-# 512 is dropped, and counted, where an answer that enters the loss was cut by that.
+# --schedule-epochs 18 --temperature 1 --top-p 1.
 RELEASED = dict(
     judge="pairrm:llm-blender/PairRM", estimator="aggregate",
     prompts=",".join(f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{t}" for t in (1, 2, 3)), iterations=3,
@@ -130,10 +128,9 @@ class Settings(challenger.Settings):
         "PairRM's logits to P: pairwise = sigmoid((M_ij - M_ji)/2); "
         "aggregate = the official code's, which loses cycles", ("pairwise", "aggregate"))
     prompts: str = flag("",
-        "prompts file: .jsonl, .json or .parquet with prompt, instruction (+ input), messages or conversations; .txt "
-        "with one a line; or a hub data set, owner/name, owner/name:split or owner/name/config:split (needs "
-        "`datasets`); or several with commas between, one for each iteration; or the word challenger: pi_t itself "
-        "writes the prompts of iteration t, as in lsp.py")
+        "file: .jsonl, .json or .parquet with prompt, instruction (+ input), messages or conversations; .txt with one "
+        "a line; or a hub data set, owner/name[/config][:split] (needs `datasets`); or several with commas between, "
+        "one for each iteration; or the word challenger: pi_t writes the prompts of iteration t, as in lsp.py")
     iterations: int | None = flag(None,
         "T, rounds of self-play, each on its own part of the prompts (section 5.1: 3)", at_least=1)
     prompts_per_iteration: int | None = flag(None, "prompts sampled in each iteration; 0 = all there are", at_least=0)
@@ -325,10 +322,8 @@ def sampled(t, job):
 
 
 def samples_begun(t, record):
-    """The files with what iteration t has sampled while its table is not whole: finished chunks of answers, of pi_t and
-    for optimistic play of pi_{t-1}; and prompts that pi_t wrote."""
-    names = f"sampled-{t}.jsonl", f"sampled-{t}-before.jsonl", f"prompts-{t}.jsonl"
-    return [record.path("state", name) for name in names]
+    """Files that wait for iteration t's table to be whole: answers of pi_t, of pi_{t-1}, prompts that pi_t wrote."""
+    return [record.path("state", f"{name}.jsonl") for name in (f"sampled-{t}", f"sampled-{t}-before", f"prompts-{t}")]
 
 
 def prompts_of(t, job):
@@ -564,7 +559,8 @@ def summarised(job):
 
 def method(args):
     """What tables and pictures call a run."""
-    return args.loss if args.self_play == "plain" else f"{args.loss}, {args.self_play}"
+    return (args.loss + (f", {args.self_play}" if args.self_play != "plain" else "")
+            + (", its own prompts" if args.prompts == "challenger" else ""))
 
 
 def finish(job):
@@ -687,8 +683,10 @@ def divided(sources, began, job):
     job.challenge, count = job.chat.encode(challenger.prompt(args)), args.validation_prompts
     if entry:
         return entry.queries("validation", count), entry.queries("test", args.test_prompts), []
+    if began:                                   # a resumed run keeps them
+        return *(read_prompts(os.path.join(args.out, "state", f"{name}.jsonl")) for name in ("validation", "test")), []
     found = challenger.initial_queries(job.network(job.base), job.chat, job.challenge, args, count + args.test_prompts,
-                                       job.shard)
+                                       job.shard, args.max_prompt_tokens, args.max_total_tokens)
     if len(found) <= count:
         raise run.UserError(f"pi_1 wrote only {len(found)} different queries to evaluate on; lower "
                             "--validation-prompts, or give a --task that asks for more")
@@ -724,8 +722,10 @@ def settle(args):
     if args.gradient_accumulation > 0:
         passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
-    defaults |= MAGNET if args.self_play == "magnetic" else {}
-    defaults |= world.WORLDS[args.world].self_play.get(args.self_play, {}) if args.world else {}
+    if args.prompts != "challenger":            # nobody writes a query
+        defaults.pop("max_query_tokens", None)
+    entry = world.WORLDS[args.world].self_play if args.world else {}
+    defaults |= (MAGNET if args.self_play == "magnetic" else {}) | entry.get(args.self_play, {})
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.judge and args.world:
         args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))

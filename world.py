@@ -85,11 +85,6 @@ def split(query):
     return "corpus" if part < 9 else "train" if part < 13 else "validation" if part < 14 else "test"
 
 
-def held_out(query):
-    """Is this text kept for evaluation? Nobody may train on it, wherever it comes from."""
-    return split(query) in ("validation", "test")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # a world: its language and oracle, its corpus, its constants
 
@@ -192,15 +187,21 @@ class World:
             return 1.0
         return 0.5 * sum(a == b for a, b in zip(answer, right)) / max(len(answer), len(right))
 
-    def queries(self, part, count, seed=0, kind=""):
+    def held_out(self, text):
+        """Is this a query that is kept for evaluation? Nobody may train on it, wherever it comes from."""
+        return split(text) in ("validation", "test") and self.parse(text) is not None
+
+    def queries(self, part, count, seed=0, kind="", distinct=True):
         """`count` distinct queries of one part ("train", "validation", "test", "corpus"), ordinary ones or of a `kind`
-        in self.harder. Longer lists extend shorter ones."""
-        rng, found = random.Random(f"{part} {seed} {kind}".strip()), {}
+        in self.harder. Longer lists extend shorter ones. distinct=False: as they come, short ones again and again;
+        else a long list gets harder towards its end, because short ones run out."""
+        rng, found, known = random.Random(f"{part} {seed} {kind}".strip()), [], set()
         while len(found) < count:
             query = self.random_query(rng, **self.harder.get(kind, {}))
-            if split(query) == part:
-                found[query] = None
-        return list(found)
+            if split(query) == part and not (distinct and query in known):
+                found.append(query)
+                known.add(query)
+        return found
 
     def divide(self, count, size, validation, test, seed, before=()):
         """(validation queries, test queries, [part 1, ..., part `count`] of `size` training queries each): disjoint

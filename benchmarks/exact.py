@@ -5,7 +5,7 @@ ordinary queries and on its harder kinds (world.World.harder). In the intransiti
 iterates, and how far they are from the Nash equilibrium.
 
 Runs that differ in their seed alone are one contestant. A mean has two sources of error, the seeds and the queries, and
-± is the square root of the sum of both variances (with one run only the queries'). All contestants get the same
+± is the root of both variances together (with one run only the queries'). All contestants get the same
 queries, so a difference (--vs) is taken query by query: what makes a query hard for everybody cancels.
 
 --stop chooses each run's checkpoint by its accuracy on validation queries, the first of equals: early stopping, without
@@ -48,8 +48,14 @@ def main(argv):
                                                        "checkpoints that runs left behind")
     if not paths:
         raise run.UserError("exact needs run directories, before any flag: python eval.py exact out/lsp out/grpo")
-    rivals = [path for path in args.vs.split(",") if path]
-    contestants = plots.groups([(path, summary_of(path)) for path in [*paths, *rivals]])
+    paths, rivals = ([os.path.normpath(path) for path in group if path] for group in (paths, args.vs.split(",")))
+    rival = plots.groups([(path, summary_of(path)) for path in dict.fromkeys(rivals)])
+    if len(rival) > 1:
+        raise run.UserError(f"--vs {args.vs} names more than one contestant; give runs that differ in their seed alone")
+    others = [path for path in dict.fromkeys(paths) if path not in rivals]
+    contestants = plots.groups([(path, summary_of(path)) for path in others])
+    labels = [label for label, _ in contestants]
+    contestants += [(f"{label}, --vs" if label in labels else label, members) for label, members in rival]
     styled = [bool(entry_of(members[0][1]).styles) for _, members in contestants]
     if any(styled) != all(styled):
         raise run.UserError("exact cannot measure the intransitive world and another in one table; take them apart")
@@ -58,12 +64,11 @@ def main(argv):
         return
     results = {label: [measured(path, summary, args) for path, summary in members] for label, members in contestants}
     print(table(results))
-    rival = [label for label, members in contestants if rivals and members[0][0] in rivals]
-    for label in results if rival else ():
-        if label != rival[0]:
-            print(f"{label} minus {rival[0]}: " + ", ".join(
-                "{} {:+.4f} ±{:.4f}".format(kind, *difference(results[label], results[rival[0]], kind))
-                for kind in kinds(results)))
+    for label in labels if rival else ():
+        theirs = contestants[-1][0]
+        print(f"{label} minus {theirs}: " + ", ".join(
+            "{} {:+.4f} ±{:.4f}".format(kind, *difference(results[label], results[theirs], kind))
+            for kind in kinds(results)))
     if args.picture:
         curves = {label: (members[0][1]["settings"], {kind: mean_and_error(results[label], kind)
                                                       for kind in kinds(results)}) for label, members in contestants}
@@ -151,19 +156,29 @@ def mean_and_error(runs, kind):
     """(mean accuracy, standard error) of one contestant's runs, over its seeds and over queries.
 
     >>> two = [{"ordinary": torch.tensor([1.0, 1, 0, 0])}, {"ordinary": torch.tensor([1.0, 1, 1, 0])}]
-    >>> "{:.3f} {:.3f}".format(*mean_and_error(two, "ordinary"))        # seeds .125, queries .239
-    '0.625 0.270'
+    >>> "{:.3f} {:.3f}".format(*mean_and_error(two, "ordinary"))        # the third query alone tells the seeds apart
+    '0.625 0.239'
     """
     return difference(runs, [{kind: torch.zeros_like(runs[0][kind])}], kind)
 
 
 def difference(ours, theirs, kind):
     """(difference of the mean accuracies, its standard error): seeds vary on both sides by themselves, queries are
-    shared."""
+    shared.
+
+    Each of the two variances holds what seed and query do together, which is taken off once. Five seeds a side leave
+    eight degrees of freedom at best: a difference of 2.3 standard errors is what chance gives one time in twenty.
+    """
     sides = [torch.stack([one[kind] for one in runs]) for runs in (ours, theirs)]               # [seeds, Q] each
     by_query = sides[0].mean(0) - sides[1].mean(0)                                              # [Q]
-    by_seed = sum(float(side.mean(1).var()) / len(side) for side in sides if len(side) > 1)
-    return float(by_query.mean()), (by_seed + float(by_query.var()) / len(by_query)) ** 0.5
+    queries, seeds, together = float(by_query.var()) / len(by_query), 0.0, 0.0
+    for side in sides:
+        S, Q = side.shape
+        if S > 1:
+            seeds += float(side.mean(1).var()) / S
+            rest = side - side.mean(1, keepdim=True) - side.mean(0) + side.mean()
+            together += float(rest.square().sum()) / ((S - 1) * (Q - 1)) / (S * Q)
+    return float(by_query.mean()), max(queries + seeds - together, queries, seeds) ** 0.5
 
 
 def table(results):

@@ -51,16 +51,39 @@ def test_a_held_out_query_is_written_anew(asking):
     assert all(len(query.ids) == len(query.logp) for query in kept)
 
 
-def test_one_that_writes_nothing_else_is_told_so(asking):
+def test_one_that_writes_nothing_else_counts_as_empty(asking):
     net, chat, cp, s = asking
-    with pytest.raises(UserError, match="kept for evaluation, 10 times in a row; give a --task or"):
-        challenger.ask(net, chat, cp, s, ("queries", 0), range(2), lambda text: True)
+    kept = challenger.ask(net, chat, cp, s, ("queries", 0), range(2), lambda text: True)
+    assert [query.text for query in kept] == ["", ""] and all(query.ids for query in kept)
+    with pytest.raises(UserError, match="only 0 different queries"):
+        challenger.distinct(net, chat, cp, s, ("queries", 0), 2, lambda text: True)
+
+
+def test_what_is_held_out():
+    """Nonsense is not, whatever its hash says, nor the empty query; given prompts are, in a world beside its own."""
+    spoken, (test,) = world.OPERATIONS, world.OPERATIONS.queries("test", 1)
+    junk = next(f"{test}:{i}" for i in range(99) if world.split(f"{test}:{i}") == "test")
+    assert spoken.held_out(test) and not spoken.held_out(junk) and not spoken.held_out("")
+    in_world, real = (challenger.held_out(settle(**SMALL, **more), ["copy:ab"]) for more in (
+        {}, dict(model="m", reward="reward:r")))
+    assert [f("copy:ab") for f in (in_world, real)] == [True, True]
+    assert [f(test) for f in (in_world, real)] == [True, False]
+
+
+def test_grpo_on_a_file_with_held_out_queries_is_refused():
+    with open("q.txt", "w") as file:
+        file.write("\n".join(world.OPERATIONS.queries("train", 60) + world.OPERATIONS.queries("test", 1)))
+    with pytest.raises(UserError, match="q.txt holds queries of the embedded world's validation and test parts"):
+        lsp.read_data(settle(mode="grpo", prompts="q.txt", **SMALL))
+    with open("q.txt", "w") as file:
+        file.write("\n".join(world.OPERATIONS.queries("train", 60)))
+    assert len(set(trained_on(settle(mode="grpo", prompts="q.txt", train_prompts=7, **SMALL)))) == 7
 
 
 def test_ranks_ask_the_same_queries(asking):
     net, chat, cp, s = asking
-    whole = challenger.ask(net, chat, cp, s, ("queries", 1), range(6), world.held_out)
-    shares = [challenger.ask(net, chat, cp, s, ("queries", 1), range(r, 6, 2), world.held_out) for r in (0, 1)]
+    whole = challenger.ask(net, chat, cp, s, ("queries", 1), range(6), world.OPERATIONS.held_out)
+    shares = [challenger.ask(net, chat, cp, s, ("queries", 1), range(r, 6, 2), world.OPERATIONS.held_out) for r in (0, 1)]
     assert [q.text for q in whole[0::2]] == [q.text for q in shares[0]]
     assert [q.text for q in whole[1::2]] == [q.text for q in shares[1]]
 
@@ -76,11 +99,11 @@ def test_a_run_never_plays_a_held_out_query(mode, base, monkeypatch):
 
     monkeypatch.setattr(lsp, "play", watched)
     lsp.main(argv(model=base, out="out", **SMALL | mode | dict(queries=24, steps=2)))
-    assert len(seen) == 48 and not any(map(world.held_out, seen))
+    assert len(seen) == 48 and not any(map(world.OPERATIONS.held_out, seen))
     parts = {world.split(query) for query in world.OPERATIONS.queries("validation", 50)
              + world.OPERATIONS.queries("test", 50)}
-    assert parts == {"validation", "test"} and all(map(world.held_out, world.OPERATIONS.queries("test", 9)))
-    assert not any(map(world.held_out, world.OPERATIONS.queries("train", 99) + world.OPERATIONS.queries("corpus", 99)))
+    assert parts == {"validation", "test"} and all(map(world.OPERATIONS.held_out, world.OPERATIONS.queries("test", 9)))
+    assert not any(map(world.OPERATIONS.held_out, world.OPERATIONS.queries("train", 99) + world.OPERATIONS.queries("corpus", 99)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +127,7 @@ def test_a_frozen_challenger_asks_what_the_initial_model_asks(base, monkeypatch)
     assert abs(rows[-1]["kl_solver"]) > 1e-5
     net, chat = load_checkpoint(base, "cpu", torch.float32)
     last = next(texts for names, texts in asked if names == ("queries", 3))
-    again = ask(net, chat, chat.encode(world.CHALLENGE), settle(**SMALL), ("queries", 3), range(6), world.held_out)
+    again = ask(net, chat, chat.encode(world.CHALLENGE), settle(**SMALL), ("queries", 3), range(6), world.OPERATIONS.held_out)
     assert last == [query.text for query in again]
     summary = json.load(open("out/summary.json"))
     assert summary["method"] == "lsp, frozen Challenger" and summary["settings"]["alpha_ch"] == 0
@@ -169,9 +192,9 @@ ASKED = SPPO | dict(prompts="challenger")
 
 def test_distinct_queries_however_many_ranks(asking, monkeypatch):
     net, chat, cp, s = asking
-    whole = challenger.distinct(net, chat, cp, s, ("prompts", 1), 30, world.held_out)
-    assert len(set(whole)) == 30 and all(whole) and not any(map(world.held_out, whole))
-    many = [query.text for query in challenger.ask(net, chat, cp, s, ("prompts", 1), range(60), world.held_out)]
+    whole = challenger.distinct(net, chat, cp, s, ("prompts", 1), 30, world.OPERATIONS.held_out)
+    assert len(set(whole)) == 30 and all(whole) and not any(map(world.OPERATIONS.held_out, whole))
+    many = [query.text for query in challenger.ask(net, chat, cp, s, ("prompts", 1), range(60), world.OPERATIONS.held_out)]
     assert whole == [text for text in dict.fromkeys(many) if text][:30]
     with pytest.raises(UserError, match="only 1 different queries in 20"):
         monkeypatch.setattr(challenger, "extract_query", lambda text: "copy:aa")
@@ -183,11 +206,11 @@ def test_sppo_without_prompts(base):
     sppo.main(argv(model=base, out="out", **ASKED))
     prompts = [[row["prompt"] for row in read_table(f"out/table-{t}.jsonl")] for t in (1, 2)]
     assert all(len(set(part)) == ASKED["prompts_per_iteration"] for part in prompts) and prompts[0] != prompts[1]
-    assert not any(map(world.held_out, sum(prompts, [])))
+    assert not any(map(world.OPERATIONS.held_out, sum(prompts, [])))
     net, chat = load_checkpoint("out/iter-1", "cpu", torch.float32)
     s = sppo.settle(sppo.Settings(**ASKED, model=base))
     again = challenger.distinct(net, chat, chat.encode(world.CHALLENGE), s, ("prompts", 2),
-                                ASKED["prompts_per_iteration"], world.held_out)
+                                ASKED["prompts_per_iteration"], world.OPERATIONS.held_out)
     assert again == prompts[1]
     rows = json.load(open("out/summary.json"))["evaluations"]
     assert all("malformed" in row and "overlap" in row for row in rows[2:]) and "malformed" not in rows[0]

@@ -36,7 +36,31 @@ def test_a_paired_difference_by_hand():
     assert exact.difference(ours, runs([1, 1, 1, 0]), "ordinary") == (0, 0)
     # seeds: two runs at 3/4 and 1/4 add their own variance, .125, halved
     mean, error = exact.difference(runs([1, 1, 1, 0], [1, 0, 0, 0]), theirs, "ordinary")
-    assert mean == 0.0 and error == pytest.approx((0.125 / 2 + torch.tensor([0, -.5, .5, 0]).var() / 4) ** 0.5)
+    by_query, by_seed, together = torch.tensor([0, -.5, .5, 0]).var() / 4, 0.125 / 2, 4 * 0.25 ** 2 * 2 / 3 / 8
+    assert mean == 0.0 and error == pytest.approx((by_query + by_seed - together) ** 0.5)
+
+
+def test_the_error_is_what_repetitions_show():
+    """Fifty contests of five seeds with nothing between the sides: the claimed errors match the spread found."""
+    generator = torch.Generator().manual_seed(0)
+    found, claimed = [], []
+    for _ in range(50):
+        easy = torch.randn(400, generator=generator)                                        # the queries, for both
+        sides = [[{"ordinary": (easy + 0.3 * torch.randn(1, generator=generator)
+                                + torch.randn(400, generator=generator) > 0).double()} for _ in range(5)]
+                 for _ in range(2)]
+        mean, error = exact.difference(*sides, "ordinary")
+        found.append(mean)
+        claimed.append(error)
+    assert 0.75 < sum(claimed) / 50 / float(torch.tensor(found).std()) < 1.3
+
+
+def test_a_run_is_never_counted_twice(two_runs, capsys):
+    evaluation.main(["exact", "out/a", "out/a/", "out/b", "--vs", "out/b/", "--count", "20", "--harder", "0"])
+    said = capsys.readouterr().out
+    assert "| lsp | 1 |" in said and "| lsp, frozen Challenger | 1 |" in said and said.count(" minus ") == 1
+    with pytest.raises(UserError, match="more than one contestant"):
+        evaluation.main(["exact", "out/a", "--vs", "out/a,out/b"])
 
 
 def test_harder_kinds_of_queries():
