@@ -14,6 +14,7 @@ is how settings are tried out.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -56,10 +57,8 @@ def main(argv):
     contestants = plots.groups([(path, summary_of(path)) for path in others])
     labels = [label for label, _ in contestants]
     contestants += [(f"{label}, --vs" if label in labels else label, members) for label, members in rival]
-    styled = [bool(entry_of(members[0][1]).styles) for _, members in contestants]
-    if any(styled) != all(styled):
-        raise run.UserError("exact cannot measure the intransitive world and another in one table; take them apart")
-    if styled[0]:
+    check_fit(contestants, args)
+    if entry_of(contestants[0][1][0][1]).styles:
         print(style_rows(contestants, args))
         return
     results = {label: [measured(path, summary, args) for path, summary in members] for label, members in contestants}
@@ -76,13 +75,27 @@ def main(argv):
         print(f"wrote {args.picture}")
 
 
+def check_fit(contestants, args):
+    """Raises UserError for runs of several worlds, and for flags that the world has no use for."""
+    summaries = [summary for _, members in contestants for _, summary in members]
+    names = sorted({summary["settings"]["world"] for summary in summaries})
+    if len(names) > 1:
+        raise run.UserError(f"exact was given runs of the worlds {' and '.join(names)}; make one table for each")
+    unused = ("stop", "vs", "picture") if world.WORLDS[names[0]].styles else ("last",)
+    for field in dataclasses.fields(args):
+        if field.name in unused and getattr(args, field.name) != field.default:
+            raise run.UserError(f"--{field.name} does nothing in --world {names[0]}; leave it out")
+    if args.picture and not all("train_prompts" in summary["settings"] for summary in summaries):
+        raise run.UserError("--picture draws accuracy by lsp.py's --train-prompts; give runs of lsp.py alone")
+
+
 def summary_of(path):
     """A run's summary. Raises UserError for a directory without one, or of another than an embedded world."""
     file = os.path.join(path, "summary.json")
     if not os.path.exists(file):
         raise run.UserError(f"{file} does not exist; exact needs the directory of an sppo.py or lsp.py run")
     summary = run.read_json(file)
-    if summary.get("settings", {}).get("world") not in world.WORLDS:
+    if (summary.get("settings") or {}).get("world") not in world.WORLDS:
         raise run.UserError(f"{file} is of no embedded world; nobody knows the right answers elsewhere (see "
                             "eval.py verify and eval.py winrate)")
     return summary
@@ -123,8 +136,8 @@ def measured(path, summary, args):
 
 def rights(path, name, summary, part, kind, count, known):
     """[count] float64: which queries the checkpoint answers exactly. `known` is what exact.json holds, so that nothing
-    is decoded twice: {checkpoint and queries: a string of 0 and 1}."""
-    key = f"{name} {part} {kind} {count}"
+    is decoded twice: {checkpoint, its digest, and the queries: a string of 0 and 1}."""
+    key = f"{name} {digest(path, name)} {part} {kind} {count}"
     if key not in known:
         spoken = entry_of(summary)
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
@@ -132,6 +145,12 @@ def rights(path, name, summary, part, kind, count, known):
         answers, _ = winrate.answer(net, chat, ids, 1, SAMPLING, 0, greedy=True)
         known[key] = "".join("1" if spoken.score(q, a) == 1 else "0" for q, (a,) in zip(queries, answers))
     return torch.tensor([float(bit) for bit in known[key]], dtype=torch.float64)
+
+
+def digest(path, name):
+    """A short digest of a checkpoint's weights: another checkpoint under the same name has another one."""
+    with open(os.path.join(path, name, "model.safetensors"), "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=4).hexdigest()
 
 
 SAMPLING = winrate.Sampling(max_new_tokens=24, max_rows=1000)
@@ -221,7 +240,8 @@ def style_rows(contestants, args):
 def iterate_styles(path, name, summary, args):
     """Style shares [3] float64 of a checkpoint's answers at temperature 1, one to each of args.count queries."""
     file = os.path.join(path, "exact.json")
-    known, key = run.read_json(file) if os.path.exists(file) else {}, f"{name} {args.part} styles {args.count}"
+    known = run.read_json(file) if os.path.exists(file) else {}
+    key = f"{name} {digest(path, name)} {args.part} styles {args.count}"
     if key not in known:
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
         _, ids = asked(summary["settings"]["world"], chat, args.part, "", args.count)
