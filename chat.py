@@ -374,18 +374,6 @@ def read_template(flag, path, default, known, needed=None):
     return text
 
 
-def extract_query(text):
-    """The query in what the Challenger wrote: what stands between the template's tags if it echoed them, trimmed.
-
-    >>> extract_query("[Start Generation]\\nWhat is 2 + 2? [End Generation] Done."), extract_query(" Why?[End Gener")
-    ('What is 2 + 2?', 'Why?')
-    """
-    start = list(re.finditer(r"\[\s*start generation\s*\]", text, re.IGNORECASE))
-    text = text[start[-1].end():] if start else text
-    end = re.search(r"\[\s*end generation\s*\]|\[\s*end\s[a-z]{0,10}$", text, re.IGNORECASE)     # perhaps cut
-    return (text[:end.start()] if end else text).strip()
-
-
 def shortened(text, fits):
     """`text`, cut on the right, a tenth at a time, until fits(text): for texts that are too long for the Solver or a
     judge. Of a conversation that does not fit only the last turn is left, to be cut."""
