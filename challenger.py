@@ -136,11 +136,11 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
 def unwanted(args, kept, chat):
     """Which texts sppo.py does not take for prompts, as a function: those kept for evaluation, and those too long."""
     room = chat.room(args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens)
-    evaluated = held_out(args, kept)
+    evaluated = kept_for_evaluation(args, kept)
     return lambda text: evaluated(text) or len(chat.encode(text)) > room
 
 
-def held_out(args, kept):
+def kept_for_evaluation(args, kept):
     """Whether a text is kept for evaluation, as a function: one of the prompts `kept`, and in an embedded world any
     query of its validation and test parts."""
     kept, entry = set(kept), world.WORLDS.get(args.world)

@@ -41,10 +41,9 @@ Deviations from the paper, each with its reason:
   - off by default: --challenger-reward spread and frontier pay for queries on which the Solver's answers differ (their
     standard deviation) or succeed about half the time (-|V - 1/2|), instead of those it always fails. `frontier` is the
     reward of R-Zero (arXiv 2508.05004), min(V, 1 - V), less 1/2, without its penalty for repeated questions
-  - off by default: --challenger frozen lets the initial model ask, which never learns. The paper has no such control,
-    and it takes most of the credit here (docs/beyond.md)
-  - a query that is kept for evaluation is written anew: in an embedded world one of its validation and test parts, else
-    one of --eval-prompts. The paper does not say that its Challenger was kept from them
+  - off by default: --challenger frozen lets the initial model ask, which never learns: a control that the paper lacks
+  - a query that is kept for evaluation is written anew: a prompt of the final table, and in an embedded world any of
+    its validation and test parts. The paper does not say that its Challenger was kept from them
   - a query that is empty or was cut is played as it is, and counted: only the self-reward counts against it
   - embedded worlds are not wholly data-free: their base's judge mode was trained on the oracle's labels
 
@@ -585,7 +584,7 @@ def set_up(argv):
         kept = record.path("state", "test.jsonl")
         test = (read_prompts(kept) if args.resume and os.path.exists(kept)
                 else challenger.initial_queries(job.ref, job.chat, job.challenge, args, args.test_prompts, job.shard))
-    job.held_out = challenger.held_out(args, test)
+    job.held_out = challenger.kept_for_evaluation(args, test)
     if rank == 0:
         run.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
         run.write_rows(record.path("state", "test.jsonl"), map(as_row, test))

@@ -36,7 +36,7 @@ Deviations from the paper, each with its reason:
   - the learning rate is one step ahead of Hugging Face's linear schedule, whose first step has rate 0
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
   - --self-play optimistic or magnetic, off by default, changes what stands in Phat's place: SPPO's iterates circle the
-    equilibrium and only their average approaches it, with these the last one comes to rest. Optimistic play samples K
+    equilibrium and only their average approaches it; in exact play (games.py) these two rest. Optimistic play samples K
     more answers a prompt and judges 2K together; magnetic play takes one more forward pass
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)

@@ -64,7 +64,7 @@ def test_what_is_held_out():
     spoken, (test,) = world.OPERATIONS, world.OPERATIONS.queries("test", 1)
     junk = next(f"{test}:{i}" for i in range(99) if world.split(f"{test}:{i}") == "test")
     assert spoken.held_out(test) and not spoken.held_out(junk) and not spoken.held_out("")
-    in_world, real = (challenger.held_out(settle(**SMALL, **more), ["copy:ab"]) for more in (
+    in_world, real = (challenger.kept_for_evaluation(settle(**SMALL, **more), ["copy:ab"]) for more in (
         {}, dict(model="m", reward="reward:r")))
     assert [f("copy:ab") for f in (in_world, real)] == [True, True]
     assert [f(test) for f in (in_world, real)] == [True, False]
