@@ -71,10 +71,12 @@ def test_defaults_of_the_world_and_of_the_paper():
     assert tiny.judge == "oracle" and paper.judge == "pairrm:x"
     for s, setting in ((tiny, "operations"), (paper, "")):
         defaults = sppo.defaults_of(setting, "sppo")
+        assert defaults.pop("max_query_tokens") and s.max_query_tokens is None       # prompts are given, not written
         assert {name: getattr(s, name) for name in defaults} == defaults
         assert (s.k, s.iterations, s.batch_size, s.warmup, s.estimator) == (5, 3, 64, 0.1, "pairwise")
         assert (s.temperature, s.top_p) == (1.0, 1.0)
-        assert [name for name, value in dataclasses.asdict(s).items() if value is None] == ["magnet", "magnet_every", "beta"]
+        assert [name for name, value in dataclasses.asdict(s).items() if value is None] == [
+            "max_query_tokens", "magnet", "magnet_every", "beta"]
     assert (paper.eta, paper.lr, paper.optimizer) == (1e3, 5e-7, "rmsprop")
     assert (paper.prompts_per_iteration, paper.max_prompt_tokens) == (20000, 512)
 
@@ -94,6 +96,7 @@ def test_every_loss_has_its_own_defaults(loss):
     for setting, given in (("operations", {}), ("intransitive", {"world": "intransitive"}),
                            ("", dict(prompts="p.jsonl", model="m", judge="pairrm:x"))):
         s, want = settle(loss=loss, **given), sppo.defaults_of(setting, loss)
+        want.pop("max_query_tokens")                                                 # prompts are given, not written
         assert {name: getattr(s, name) for name in want} == want
         assert (s.beta is None, s.eta is None) == (loss.startswith("sppo"), not loss.startswith("sppo"))
         assert s.all_responses == (loss == "sppo" and setting == "intransitive")
