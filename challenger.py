@@ -108,19 +108,20 @@ class Query:
     was_cut: bool = False               # did it reach its length limit?
 
 
-def ask(net, chat, challenge, args, names, numbers, held_out=None):
+def ask(net, chat, challenge, args, names, numbers, held_out=None, desc=None):
     """A Query for each of the `numbers`: q ~ pi(.|cp), where `challenge` is cp as ids. What the Solver reads of one is
     its text between the template's tags, as far as there is room for an answer; ids and logp are all that was written.
 
     names: a query's random stream belongs to them and to its number. held_out: of a text, whether it is kept for
     evaluation. One that still is after ATTEMPTS attempts counts as empty: a Challenger that knows nothing else earns
-    nothing by it.
+    nothing by it. desc: label of a progress bar, None for no bar.
     """
     room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
     for attempt in range(ATTEMPTS if missing else 0):
         stream = run.stream(args.seed, *names, *([attempt] if attempt else []))
         said = rollout.generate(net, [challenge] * len(missing), 1, args.max_query_tokens, args.temperature,
-                                stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[stream + i for i in missing])
+                                stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[stream + i for i in missing],
+                                desc=desc)
         for i, (ids,), (logp,), (finish,) in zip(missing, said.tokens, said.logprobs, said.finish):
             text = extract_query(without_thinking(chat.decode(ids)))
             text = shortened(text, lambda part: len(chat.encode(part)) <= room)
@@ -133,17 +134,17 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None):
     return [found[i] for i in numbers]
 
 
-def unwanted(args, kept, chat):
+def unwanted(args, chat, *lists):
     """Which texts sppo.py does not take for prompts, as a function: those kept for evaluation, and those too long."""
     room = chat.room(args.max_prompt_tokens, args.max_new_tokens, args.max_total_tokens)
-    evaluated = kept_for_evaluation(args, kept)
-    return lambda text: evaluated(text) or len(chat.encode(text)) > room
+    kept = kept_for_evaluation(args, *lists)
+    return lambda text: kept(text) or len(chat.encode(text)) > room
 
 
-def kept_for_evaluation(args, kept):
-    """Whether a text is kept for evaluation, as a function: one of the prompts `kept`, and in an embedded world any
-    query of its validation and test parts."""
-    kept, entry = set(kept), world.WORLDS.get(args.world)
+def kept_for_evaluation(args, *lists):
+    """Whether a text is kept for evaluation, as a function: a prompt of one of the `lists`, and in an embedded world
+    any query of its validation and test parts."""
+    kept, entry = set().union(*lists), world.WORLDS.get(args.world)
     return lambda text: text in kept or entry is not None and entry.held_out(text)
 
 
@@ -153,7 +154,8 @@ def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 
     found, asked, (rank, ranks) = {}, 0, shard
     while len(found) < count and asked < ATTEMPTS * count:
         numbers = range(asked, asked + count - len(found))
-        mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], held_out)
+        mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], held_out,
+                   desc="the Challenger's queries")
         found |= dict.fromkeys(filter(None, run.gather([query.text for query in mine], len(numbers))))
         asked += len(numbers)
     if len(found) < count:

@@ -80,8 +80,10 @@ def leapfrog(P, start, eta, steps):
 
     It is the optimistic rule with r_t = log pi_t/pi_{t-1} in place of eta g_{t-1}: a trainer knows r_t already, and
     must sample and judge for g_{t-1}. But r_t holds the last correction too, eta (2 g_{t-1} - g_{t-2}). Near an
-    equilibrium that gives every strategy a share, gains turn the log-shares: they act as i w. A motion z^t then has
-    z^2 = 1 + 2 i eta w z, so |z| = 1 while eta w <= 1: the path circles for ever. Its average is good.
+    equilibrium that gives every strategy a share, the gains are the log-shares' distance to it, turned by a right angle
+    and scaled by some w. Write the plane of this turn as complex numbers: the gain of x is i w x, and a path x_t = z^t
+    needs z^2 = 1 + 2 i eta w z. Both solutions have |z| = 1 while eta w <= 1: the path circles for ever. Its average is
+    good.
 
     All ratios together would do: eta g_{t-1} = r_t / 2 + r_{t-1} / 4 + r_{t-2} / 8 + ..., at the price of the
     log-probabilities of every earlier policy. The first term alone winds outwards.

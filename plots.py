@@ -98,7 +98,7 @@ def _one_run(plt, runs):
             if sharp.get(control) is not None:
                 axis.axhline(sharp[control], color=f"C{k}", lw=1, ls="--", label=what)
         if panel in (LENGTH, CHALLENGER):                       # from 0, with room for the legend
-            axis.set_ylim(0, 1.3 * axis.dataLim.y1)
+            axis.set_ylim(0, 1.3 * max(axis.dataLim.y1, 0.01))
         axis.set(title=panel.title, xlabel=rows[-1]["name"].split()[0])
         if len(x) <= 8:
             axis.set_xticks(x, ["base", *x[1:]])
@@ -235,7 +235,7 @@ def _worth(plt, contestants, kind="ordinary"):
         others = [each for each in here if not each[1]["train_prompts"]]
         for k, (label, _, mean, error) in enumerate(others):
             axis.axhspan(mean - error, mean + error, color=f"C{k + 1}", alpha=0.35, lw=0)
-            axis.axhline(mean, color=f"C{k + 1}", lw=1.2, label=label.removesuffix(" (5 seeds)"))
+            axis.axhline(mean, color=f"C{k + 1}", lw=1.2, label=label)
         axis.set(title=f"{count} steps", xlabel="distinct queries D, used again and again")
         axis.legend(loc="lower right")
     axes[0][0].set_ylabel("test queries answered exactly (greedy)")

@@ -331,12 +331,12 @@ def prompts_of(t, job):
     kept for evaluation. (Nonsense does no harm: the judge ties its answers, and ties hold the policy still.)"""
     if job.challenge is None:
         return job.parts[t - 1]
-    path, kept = samples_begun(t, job.record)[-1], sum((prompts for prompts, _ in job.held_out.values()), [])
+    path, lists = samples_begun(t, job.record)[-1], [prompts for prompts, _ in job.held_out.values()]
     if not os.path.exists(path):
         with job.record.phase("sample"):
             texts = challenger.distinct(job.network(job.pi_path(t)), job.chat, job.challenge, job.args,
                                         ("prompts", t), job.args.prompts_per_iteration,
-                                        challenger.unwanted(job.args, kept, job.chat), job.shard)
+                                        challenger.unwanted(job.args, job.chat, *lists), job.shard)
         if job.rank == 0:
             run.write_rows(path, [{"prompt": text} for text in texts])
         run.barrier()
@@ -650,7 +650,7 @@ def set_up(argv):
         if job.judge:
             prefmodel.check_references(job.judge, sum(job.parts, validation + test))
     if args.stage == "train":
-        check_training_rows(rows, args, job.chat, job.held_out.get("validation", [()])[0])
+        check_training_rows(rows, args, job.chat, *(prompts for prompts, _ in job.held_out.values()))
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same

@@ -21,6 +21,7 @@ import os
 
 import torch
 
+import challenger
 import kernels
 import run
 from chat import Prompt, answer_limit, as_turn, stored, turns_of, without_thinking
@@ -121,6 +122,8 @@ def read_table(path, judged=False, all_responses=False):
                 rows.append(_table_row(json.loads(line), judged, all_responses))
                 if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
                     raise ValueError("every row needs as many answers as the first")
+                if ("answers_before" in rows[-1]) != ("answers_before" in rows[0]):
+                    raise ValueError("answers_before stands in some rows alone")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise run.UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
     if not rows:
@@ -335,13 +338,13 @@ def check_stage(args):
         {name: value for name, value in row.items() if name not in VERDICTS} for row in rows]
 
 
-def check_training_rows(rows, args, chat, validation=()):
-    """Raises UserError for rows that --stage train cannot work on: a prompt that is held out for validation or has no
-    room, or another table than an interrupted training began with."""
+def check_training_rows(rows, args, chat, *held_out):
+    """Raises UserError for rows that --stage train cannot work on: a prompt that is held out (one of these lists, or a
+    query that a world evaluates on) or has no room, or another table than an interrupted training began with."""
     table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
-    if not set(map(asked, rows)).isdisjoint(validation):
-        raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation; leave them "
-                            "out, or give --keep last")
+    if any(map(challenger.kept_for_evaluation(args, *held_out), map(asked, rows))):
+        raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation or test; leave "
+                            "them out" + ("" if args.world else ", or give --keep last"))
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
     begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))

@@ -127,7 +127,7 @@ class World:
     # what a setting of sppo.py and lsp.py is when its flag is not given
     sppo: dict = dataclasses.field(default_factory=dict)
     sppo_loss: dict = dataclasses.field(default_factory=dict)       # by --loss
-    self_play: dict = dataclasses.field(default_factory=dict)       # by --self-play, where it wants other ones
+    self_play: dict = dataclasses.field(default_factory=dict)       # by --self-play, in place of the two above
     lsp: dict = dataclasses.field(default_factory=dict)             # empty: this world has no Challenger
     lsp_reward: dict = dataclasses.field(default_factory=dict)      # by --challenger-reward, and for --mode grpo
 

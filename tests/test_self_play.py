@@ -374,3 +374,6 @@ def test_columns_that_cannot_be_used(column, value, sentence):
     run.write_rows("t.jsonl", [{**row, column: value}])
     with pytest.raises(UserError, match=f"--table t.jsonl, line 1: {sentence}; make the table again"):
         read_table("t.jsonl")
+    run.write_rows("t.jsonl", [row, {"prompt": "q", "generate_0": "a", "generate_1": "b"}])
+    with pytest.raises(UserError, match="--table t.jsonl, line 2: answers_before stands in some rows alone; make the"):
+        read_table("t.jsonl")

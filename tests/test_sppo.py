@@ -1137,9 +1137,10 @@ def test_a_stage_of_a_finished_run_is_not_done_again(base, whole):
             sppo.main(argv(model=base, out=whole, stage=stage, **ONE))
 
 
-def test_a_table_of_validation_prompts_is_refused(base):
-    """What chooses the checkpoint must not train it."""
-    prompt = world.OPERATIONS.queries("validation", 12)[5]
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_table_of_held_out_prompts_is_refused(base, part):
+    """What a checkpoint is chosen or measured by must not train it."""
+    prompt = world.OPERATIONS.queries(part, 3000)[-1]
     talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in "ab"]
     run.write_rows("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
                                        "probability": [[0.5, 0.75], [0.25, 0.5]]}])
