@@ -152,13 +152,15 @@ def python(*arguments, cwd):
 
 
 PATCHES = {name: patch for name, patch in zip(
-    ("drop", "hinge", "brief", "counting"),
-    re.findall(r"```diff\n(.*?)```", README + PAGES["docs/forks.md"], re.S), strict=True)}
+    ("drop", "hinge", "brief", "counting", "remedies"),
+    re.findall(r"```diff\n(.*?)```", README + PAGES["docs/forks.md"] + PAGES["docs/beyond.md"], re.S), strict=True)}
 SHORT = ("--iterations 1 --prompts-per-iteration 64 --k 4 --epochs 2 --validation-prompts 16 --test-prompts 32 "
          "--batch-size 16 --device cpu --out out").split()
 FORKS = {"hinge": ["sppo.py", "--loss", "hinge", *SHORT],
          "brief": ["sppo.py", "--judge", "brief", "--lr", "1e-3", *SHORT],
-         "drop": ["sppo.py", "--world", "drop", *SHORT], "counting": ["sppo.py", "--world", "counting", *SHORT]}
+         "drop": ["sppo.py", "--world", "drop", *SHORT], "counting": ["sppo.py", "--world", "counting", *SHORT],
+         "remedies": ["lsp.py", "--challenger-reward", "learnable", "--beta-ch", "1", "--ask-temperature", "1.5",
+                      *"--steps 2 --queries 8 --answers 4 --test-prompts 32 --device cpu --out out".split()]}
 
 
 @pytest.mark.parametrize("name", [name if name == "drop" else pytest.param(name, marks=pytest.mark.slow)
@@ -166,7 +168,7 @@ FORKS = {"hinge": ["sppo.py", "--loss", "hinge", *SHORT],
 def test_forks(name, base, tmp_path):
     """The patches, as a reader would use them: short, they apply, and what they add is at work."""
     patch, new_world = PATCHES[name], name in ("drop", "counting")
-    assert len(patch.splitlines()) <= (34 if name == "counting" else 22)
+    assert len(patch.splitlines()) <= {"counting": 34, "remedies": 38}.get(name, 22)
     for file in os.listdir(ROOT):
         if file.endswith(".py"):
             shutil.copy(os.path.join(ROOT, file), tmp_path)
@@ -193,6 +195,8 @@ def test_forks(name, base, tmp_path):
     elif name == "brief":    # shorter answers win
         base_row, _, trained = summary["evaluations"]
         assert trained["win_rate"] > base_row["win_rate"] and trained["accuracy_greedy"] is None
+    elif name == "remedies":
+        assert summary["settings"]["reward_scale"] == 12 and summary["evaluations"][-1]["name"] == "step 2"
     else:                    # the world has its own language and oracle
         assert summary["settings"]["judge"] == f"oracle:{name}"
         assert all(row["accuracy_greedy"] is not None for row in summary["evaluations"])
