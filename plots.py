@@ -41,8 +41,9 @@ def plot_payoffs(figures, path):
 
 
 def plot_worth(contestants, path):
-    """Draw accuracy by number of distinct training queries as a PNG at `path`: a panel for each number of steps, a band
-    for who has no such number. contestants: {label: (settings, {kind of queries: (accuracy, standard error)})}."""
+    """Draw accuracy by number of distinct training queries as a PNG at `path`: a panel for each number of steps that a
+    contestant without such a number took, a band for each of these. contestants: {label: (settings, {kind of queries:
+    (accuracy, standard error)})}."""
     _save(lambda plt: _worth(plt, contestants), path)
 
 
@@ -221,22 +222,25 @@ def _clocks(summary):
 
 
 def _worth(plt, contestants, kind="ordinary"):
-    """Ordinary queries: a curve over D for GRPO on D distinct queries, bands for everybody else."""
-    steps = sorted({settings["steps"] for settings, _ in contestants.values()})
+    """A curve over D for GRPO on D distinct queries, bands for everybody else. On few queries fewer steps than a
+    panel's are enough: of several numbers of steps the largest that it has room for counts."""
+    everybody = [(label, s, *figures[kind]) for label, (s, figures) in contestants.items()]
+    everybody.sort(key=lambda each: each[1]["steps"])
+    bands = [each for each in everybody if not each[1]["train_prompts"]]
+    steps = sorted({s["steps"] for _, s, *_ in bands or everybody})
     figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 4.2), layout="constrained", sharey=True, squeeze=False)
     for axis, count in zip(axes[0], steps):
-        here = [(label, s, *figures[kind]) for label, (s, figures) in contestants.items() if s["steps"] == count]
-        curve = sorted((s["train_prompts"], mean, error) for _, s, mean, error in here if s["train_prompts"])
-        if curve:
-            x, y, error = zip(*curve)
+        found = {s["train_prompts"]: (mean, error) for _, s, mean, error in everybody
+                 if s["train_prompts"] and s["steps"] <= count}
+        if found:
+            x, y, error = zip(*((D, *found[D]) for D in sorted(found)))
             axis.errorbar(x, y, error, color="C0", marker="o", ms=4, lw=1.8, capsize=3, label="GRPO on D queries")
             axis.set_xscale("log", base=4)
             axis.set_xticks(x, [f"{D:,}" for D in x])
-        others = [each for each in here if not each[1]["train_prompts"]]
-        for k, (label, _, mean, error) in enumerate(others):
-            axis.axhspan(mean - error, mean + error, color=f"C{k + 1}", alpha=0.35, lw=0)
-            axis.axhline(mean, color=f"C{k + 1}", lw=1.2, label=label)
-        axis.set(title=f"{count} steps", xlabel="distinct queries D, used again and again")
+        for k, (label, _, mean, error) in enumerate(each for each in bands if each[1]["steps"] == count):
+            axis.axhspan(mean - error, mean + error, color=f"C{k + 1}", alpha=0.15, lw=0)
+            axis.axhline(mean, color=f"C{k + 1}", lw=1.5, label=label)
+        axis.set(title=f"at most {count:,} steps", xlabel="distinct queries D, used again and again")
         axis.legend(loc="lower right")
     axes[0][0].set_ylabel("test queries answered exactly (greedy)")
     return figure

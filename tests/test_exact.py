@@ -10,6 +10,7 @@ import torch
 
 import eval as evaluation
 import lsp
+import plots
 import winrate
 import world
 from benchmarks import exact
@@ -133,6 +134,19 @@ def test_the_picture_of_what_data_free_play_is_worth(base, capsys):
     evaluation.main(["exact", "out/d4", "out/d16", "out/free", "--count", "40", "--harder", "0",
                      "--picture", "worth.png"])
     assert is_png("worth.png")
+
+
+def test_on_few_queries_fewer_steps_are_enough():
+    """A panel for each number of steps that data-free play took; for each D the run with most steps that fits."""
+    import matplotlib.pyplot as plt
+    runs = {f"D {D}, {steps}": (dict(train_prompts=D, steps=steps), {"ordinary": (rate, 0.01)}) for D, steps, rate in (
+        (16, 75, 0.6), (64, 1000, 0.7), (64, 120, 0.65), (256, 200, 0.68))}
+    runs |= {f"free {steps}": (dict(train_prompts=None, steps=steps), {"ordinary": (0.8, 0.01)}) for steps in (200, 1000)}
+    figure = plots._worth(plt, runs)
+    shown = {axis.get_title(): [line.get_xydata().tolist() for line in axis.get_lines()[:1]] for axis in figure.axes}
+    plt.close(figure)
+    assert shown == {"at most 200 steps": [[[16, 0.6], [64, 0.65], [256, 0.68]]],
+                     "at most 1,000 steps": [[[16, 0.6], [64, 0.7], [256, 0.68]]]}
 
 
 @pytest.mark.parametrize("words, says", [
