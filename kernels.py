@@ -362,8 +362,8 @@ def optimistic(P, before=None):
     (K - 1)/K of it, while P(y > pi_{t-1}) is not shrunk. The constant makes p* average to 1/2 over the K answers, as
     Phat does, so that the 1/2 in (4.7) stands for log Z / eta here too, and answers that tie stay where they are.
     A mean over all K holds the answer itself, so taking it off shrinks what is left by (K - 1)/K too. Hence the factor
-    K/(K - 1) on both terms, with Phat as it is; p* - 1/2 is then unbiased for 2 (P(y > pi_t) - 1/2) - (P(y > pi_{t-1}) -
-    P(pi_t > pi_{t-1})).
+    K/(K - 1) on both terms, with Phat as it is; p* - 1/2 is then unbiased for
+    2 (P(y > pi_t) - 1/2) - (P(y > pi_{t-1}) - P(pi_t > pi_{t-1})).
 
     >>> P = torch.tensor([[[.5, 1.], [0., .5]]])
     >>> optimistic(P), optimistic(P, torch.tensor([[.75, .25]]))
