@@ -128,7 +128,7 @@ def exact(judge, prompts, answers):
     verifier's or a bounded function's do."""
     if getattr(judge, "bounds", None) != (0, 1):
         return None
-    return float((judge.reward(prompts, answers) == 1).float().mean())
+    return float((judge.reward(prompts, answers) == 1).double().mean())
 
 
 class Scoreboard:
