@@ -98,6 +98,7 @@ def summary_of(path):
     if (summary.get("settings") or {}).get("world") not in world.WORLDS:
         raise run.UserError(f"{file} is of no embedded world; nobody knows the right answers elsewhere (see "
                             "eval.py verify and eval.py winrate)")
+    summary["settings"].pop("test_prompts", None)           # the queries here are others
     return summary
 
 

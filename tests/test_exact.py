@@ -4,6 +4,7 @@ of queries."""
 import doctest
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_a_run_is_never_counted_twice(two_runs, capsys):
     assert "| lsp | 1 |" in said and "| lsp, frozen Challenger | 1 |" in said and said.count(" minus ") == 1
     with pytest.raises(UserError, match="more than one contestant"):
         evaluation.main(["exact", "out/a", "--vs", "out/a,out/b"])
+
+
+def test_runs_that_differ_in_their_own_test_queries_are_one_contestant(two_runs, capsys):
+    """For exact takes its own."""
+    shutil.copytree("out/a", "out/c")
+    summary = json.load(open("out/c/summary.json"))
+    summary["settings"] |= {"seed": 7, "test_prompts": 3}
+    json.dump(summary, open("out/c/summary.json", "w"))
+    evaluation.main(["exact", "out/a", "out/c", "--count", "20", "--harder", "0"])
+    assert "| lsp (2 seeds) | 2 |" in capsys.readouterr().out
 
 
 def test_harder_kinds_of_queries():
