@@ -98,6 +98,10 @@ def summary_of(path):
     if (summary.get("settings") or {}).get("world") not in world.WORLDS:
         raise run.UserError(f"{file} is of no embedded world; nobody knows the right answers elsewhere (see "
                             "eval.py verify and eval.py winrate)")
+    length = summary["settings"].get("iterations") or summary["settings"].get("steps")
+    if summary["evaluations"][-1]["name"].split()[-1] != str(length):
+        raise run.UserError(f"{path} has not ended: its last evaluation is {summary['evaluations'][-1]['name']} of "
+                            f"{length}; finish it with --resume")
     summary["settings"].pop("test_prompts", None)           # the queries here are others
     return summary
 

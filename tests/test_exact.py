@@ -75,6 +75,14 @@ def test_runs_that_differ_in_their_own_test_queries_are_one_contestant(two_runs,
     assert "| lsp (2 seeds) | 2 |" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_ended_is_no_figure(two_runs):
+    summary = json.load(open("out/a/summary.json"))
+    summary["settings"]["steps"] += 2
+    json.dump(summary, open("out/a/summary.json", "w"))
+    with pytest.raises(UserError, match="out/a has not ended: its last evaluation is step 4 of 6; finish it"):
+        evaluation.main(["exact", "out/a"])
+
+
 def test_harder_kinds_of_queries():
     spoken, kinds = world.OPERATIONS, world.OPERATIONS.harder
     assert list(kinds) == ["3 ops", "4 ops", "weak ops"]
