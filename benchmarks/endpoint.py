@@ -3,15 +3,16 @@
 An endpoint fails in ways that pass: too many requests, a server that restarts, a broken connection, a reply that is cut
 short. Such a request is put again after a wait. What waiting does not mend, a wrong key, a wrong name, or a server that
 gives no log-probabilities, ends the command with one sentence; what had been answered by then is kept (see replies.py).
+Whatever a server sends back, the key stays out of messages and files.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import http.client
 import json
 import math
 import os
+import ssl
 import threading
 import urllib.error
 import urllib.parse
@@ -22,6 +23,7 @@ from chat import template_options
 
 
 BACKOFF = 1.0       # seconds before the second attempt at a request; doubled for each further one, 60 at most
+LONGEST = 16 << 20  # bytes of a reply that are read
 
 
 @dataclasses.dataclass
@@ -30,7 +32,7 @@ class EndpointSettings:
     base_url: str = run.flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
                                  "[https://api.openai.com/v1]")
     workers: int = run.flag(8, "api: requests under way at once", at_least=1)
-    timeout: float = run.flag(120.0, "api: seconds to wait for a reply", above=0)
+    timeout: float = run.flag(120.0, "api: seconds to wait for a whole reply", above=0, at_most=1e6)
     retries: int = run.flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply",
                             at_least=0)
     template_option: str = run.flag("", "name=value,... for the chat template, such as enable_thinking=true; api: sent "
@@ -43,8 +45,8 @@ class Endpoint:
     (`retries` times, `timeout` seconds each), after a wait that doubles or that Retry-After names.
 
     flag: the one that named the model, for error messages. settings: an EndpointSettings. The key is taken from the
-    environment variable OPENAI_API_KEY. Raises UserError for an address that is none, for a missing key where one is
-    needed, and when a request has failed for good.
+    environment variable OPENAI_API_KEY. Raises UserError for an address that is none, for a key that is none or missing
+    where one is needed, and when a request has failed for good.
     """
 
     def __init__(self, flag, model, settings):
@@ -55,6 +57,9 @@ class Endpoint:
             parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise run.UserError(f"--base-url {base_url} is no http address; give one such as http://127.0.0.1:8000/v1")
+        if "@" in parts.netloc or parts.query or parts.fragment:        # not shown: it may hold a password
+            raise run.UserError(f"--base-url of {parts.hostname} holds a user's name, a ? or a #; give the address "
+                                "alone, and a key in the environment variable OPENAI_API_KEY")
         self.model, self.url = model, base_url.rstrip("/")
         self.timeout, self.retries = settings.timeout, settings.retries
         self.who = f"{flag} api:{model} at {self.url}"
@@ -63,9 +68,11 @@ class Endpoint:
             self.always["chat_template_kwargs"] = template_options(settings.template_option)
         self.stopped = threading.Event()            # one request failed for good: the others wait no longer
         self.headers = {"Content-Type": "application/json"}
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            self.headers["Authorization"] = f"Bearer {key}"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
+            raise run.UserError("OPENAI_API_KEY holds a space or a sign that no key has; set it to the key alone")
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         elif parts.hostname == "api.openai.com":      # others may work without: ask them
             raise run.UserError(f"{flag} api:{model} needs a key for api.openai.com; set the environment variable "
                                 "OPENAI_API_KEY, or give another --base-url")
@@ -86,24 +93,25 @@ class Endpoint:
             content = choice["message"]["content"]
             if not isinstance(content, str | None):
                 raise TypeError("the reply is no text")
-            return {"text": content or "", "finish": str(choice.get("finish_reason") or "stop"), **tokens_of(reply)}
+            finish = str(choice.get("finish_reason") or "stop")
+            return {"text": self._hidden(content or ""), "finish": self._hidden(finish), **tokens_of(reply)}
         return self._post(options, turns, read)
 
     def share(self, turns):
         """p(m) / (p(m) + p(M)) for the first token of the next turn, as {p} and the tokens (see `tokens_of`).
 
         A label that is not among the five likeliest tokens counts with probability 0, and p is None if neither is
-        (alpaca_eval's logprob_parser). At temperature 1: some endpoints report log-probabilities after the temperature.
+        (alpaca_eval's logprob_parser), or if a label's log-probability is no number up to 0. At temperature 1: some
+        endpoints report log-probabilities after the temperature.
         Raises UserError at once for a server that answers without log-probabilities: asking again would not help.
         """
         def read(reply):
             p = {"m": 0.0, "M": 0.0}
             for token in self._likeliest(reply["choices"][0]):
-                if not token["logprob"] <= 1e-3:
-                    raise ValueError("a log-probability above 0")
-                label = token["token"].strip()
+                label, logprob = str(token["token"]).strip(), token["logprob"]
                 if label in p:
-                    p[label] += math.exp(token["logprob"])
+                    known = type(logprob) in (int, float) and -1e9 <= logprob <= 1e-3
+                    p[label] += math.exp(logprob) if known else math.nan
             both = p["m"] + p["M"]
             return {"p": p["m"] / both if both > 0 else None, **tokens_of(reply)}
         return self._post({"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}, turns, read)
@@ -148,40 +156,77 @@ class Endpoint:
     def _post(self, options, turns, read):
         """read(the endpoint's reply to the conversation), with as many attempts as it takes."""
         body = json.dumps({**self.always, "messages": turns, **options}).encode()
-        request = urllib.request.Request(f"{self.url}/chat/completions", body, self.headers)
         for attempt in range(self.retries + 1):
             wait = min(60.0, BACKOFF * 2**attempt)
             try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    return read(json.load(response))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code not in (408, 429) and error.code < 500:       # waiting does not mend it
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        reason += f" {' '.join(error.read(300).decode('utf-8', 'replace').split())}"
+                status, reason, asked, text = _within(self.timeout, lambda: self._exchange(body))
+                if status < 300:
+                    return read(json.loads(text))
+                reason = f"HTTP {status} {reason}"
+                if status not in (408, 429) and (status < 500 or status in (501, 505)):     # waiting does not mend it
+                    reason += " " + " ".join(text.decode("utf-8", "replace").split())
                     break
-                asked = error.headers.get("Retry-After", "").strip()
                 if asked.isdecimal():                                       # in seconds; dates are left out
                     wait = max(wait, min(600.0, float(asked)))
             except (OSError, http.client.HTTPException) as error:           # timeouts and connections
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                cause = getattr(error, "reason", error)
+                reason = str(cause) or type(error).__name__
+                if isinstance(cause, ssl.SSLCertVerificationError):
+                    break
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 reason = f"a reply that is no chat completion ({type(error).__name__})"
             if attempt == self.retries or self.stopped.wait(wait):
                 break
-        raise run.UserError(f"{self.who} failed: {reason[:200]}; check --base-url, the model's name and "
+        raise run.UserError(f"{self.who} failed: {self._hidden(reason)[:200]}; check --base-url, the model's name and "
                             "OPENAI_API_KEY, and give the same command to go on where this stopped")
+
+    def _exchange(self, body):
+        """One request: (status, its reason, Retry-After, the reply's first LONGEST bytes)."""
+        request = urllib.request.Request(f"{self.url}/chat/completions", body, self.headers)
+        try:
+            response = self.opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:                             # a reply like any other
+            response = error
+        with response:
+            asked = response.headers.get("Retry-After", "").strip()
+            try:
+                return response.status, response.reason, asked, response.read(LONGEST)
+            except (OSError, http.client.HTTPException):
+                if response.status < 300:
+                    raise
+                return response.status, response.reason, asked, b""         # an error without its page
+
+    def _hidden(self, text):
+        """What a server says, without the key, should it repeat it: as text that every file can hold. Words that serve
+        as keys where none is needed ("none", "EMPTY") stay: a reply may mean them."""
+        text = text.encode("utf-8", "replace").decode()                     # half a pair of surrogates becomes "?"
+        return text.replace(self.key, "[the key]") if len(self.key) >= 8 else text
+
+
+def _within(seconds, function):
+    """function(), or TimeoutError after so many seconds in all. A socket's timeout is for each read, and a server that
+    sends a byte now and then would never meet it. The thread that is given up ends with the program."""
+    future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(function())
+        except Exception as error:          # raised below, in the thread that waits
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(seconds)
 
 
 def tokens_of(reply):
-    """{prompt_tokens, completion_tokens} as an endpoint's `usage` reports them, None where it does not.
+    """{prompt_tokens, completion_tokens} as an endpoint's `usage` reports them, None where it does not, or absurdly.
 
     >>> tokens_of({"usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}})
     {'prompt_tokens': 12, 'completion_tokens': 3}
     """
     usage = reply.get("usage") or {}
     names = ("prompt_tokens", "completion_tokens")
-    return {name: usage.get(name) if type(usage.get(name)) is int else None for name in names}
+    told = {name: usage.get(name) for name in names}
+    return {name: n if type(n) is int and 0 <= n < 2**53 else None for name, n in told.items()}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

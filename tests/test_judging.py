@@ -621,22 +621,27 @@ def tokens(**logprobs):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A server on loopback. endpoint.script holds what it does next: a status, (status, headers), "hang", text or an
-    object; then endpoint.reply(prompt) answers. endpoint.asked has every (path, headers, body)."""
+    """A server on loopback. endpoint.script holds what it does next: a status, (status, headers[, page]), "hang",
+    "drip", text or an object; then endpoint.reply(prompt) answers. endpoint.asked has every (path, headers, body)."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
                 server.asked.append((self.path, dict(self.headers), body))
                 step = server.script.pop(0) if server.script else server.reply(body["messages"][-1]["content"])
-            status, headers = step if isinstance(step, tuple) else (step, {}) if isinstance(step, int) else (200, {})
+            step = (step, {}) if isinstance(step, int) else step
+            status, headers, *page = step if isinstance(step, tuple) else (200, {})
             if step == "hang":
                 time.sleep(0.6)
-            text = step if isinstance(step, str) else json.dumps(step if isinstance(step, dict) else {})
+            text = page[0] if page else step if isinstance(step, str) else ""
+            text = json.dumps(step) if isinstance(step, dict) else text
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            for byte in [b" "] * 100 if step == "drip" else ():
+                time.sleep(0.1)
+                self.wfile.write(byte)
             self.wfile.write(text.encode())
 
         def log_message(self, *args):
@@ -774,6 +779,94 @@ def test_retry_after_is_honoured(endpoint, monkeypatch):
     endpoint.script = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "soon"}), (429, {"Retry-After": "99999"})]
     endpoint.reply = lambda prompt: message("yes")
     assert patient.write(HELLO, 5)["text"] == "yes" and waits == [7.0, 0.002, 600.0]
+
+
+KEY = "sk-0123456789abcdef"
+
+
+def test_the_key_is_never_repeated(endpoint, capsys, monkeypatch):
+    """Whatever the server echoes: in an error's page, where the cut of a message may fall into the key, and in text."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    lines("q.jsonl", MT_QUESTIONS)
+    command = api(endpoint, mt_answers("mt.jsonl"), "single", "j.jsonl", "--prompts", "q.jsonl", "--workers", "1")
+    for before in (0, 120, 128, 135):
+        endpoint.script = [(401, {}, "x" * before + f" no such key: {KEY} {KEY}")]
+        with pytest.raises(run.UserError) as told:
+            eval.main(command)
+        assert "HTTP 401" in str(told.value) and KEY[:8] not in str(told.value)
+    endpoint.reply = lambda prompt: message(f"[[4]] Your key is {KEY}.", finish=KEY)
+    eval.main(command)
+    assert [r["score"] for r in read("j.jsonl")] == [4] * 6
+    written = [os.path.join(at, name) for at, _, names in os.walk(".") for name in names]
+    assert "j.jsonl" in [os.path.basename(name) for name in written]
+    for name in written:
+        with open(name, "rb") as file:
+            assert KEY.encode() not in file.read()
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("OPENAI_API_KEY", "sk-one two", "holds a space"), ("OPENAI_API_KEY", "sk-\u00e9", "a sign that no key has"),
+    ("OPENAI_API_KEY", "sk-1\nX: y", "a sign that no key has"),
+    ("--base-url", "http://me:hush@localhost/v1", "a user's name"),
+    ("--base-url", "http://localhost/v1?key=hush", "give the address alone")])
+def test_what_no_request_can_carry_is_refused_and_not_shown(name, value, words, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", value if name == "OPENAI_API_KEY" else "")
+    url = value if name == "--base-url" else "http://127.0.0.1:9/v1"
+    with pytest.raises(run.UserError, match=words) as told:
+        benchmarks.endpoint.Endpoint("--judge", "m", EndpointSettings(base_url=url))
+    assert "sk-" not in str(told.value) and "hush" not in str(told.value)
+
+
+def test_a_key_that_is_a_word_leaves_verdicts_alone(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "A")
+    endpoint.reply = lambda prompt: message("[[A>B]]")
+    assert asker(endpoint).write(HELLO, 5)["text"] == "[[A>B]]"
+
+
+def test_the_timeout_is_for_the_whole_reply(endpoint):
+    """A server that sends a byte every now and then never meets a socket's own timeout."""
+    endpoint.script = ["drip"]
+    start = time.perf_counter()
+    with pytest.raises(run.UserError, match="TimeoutError"):
+        asker(endpoint, timeout=0.5, retries=0).write(HELLO, 5)
+    assert time.perf_counter() - start < 3      # the whole reply would take 10 s
+    endpoint.script = ["drip"]
+    endpoint.reply = lambda prompt: message("at last")
+    assert asker(endpoint, timeout=0.5, retries=1).write(HELLO, 5)["text"] == "at last"
+
+
+def test_candidates_that_are_no_numbers_leave_the_verdict_unread(endpoint):
+    """Asked once each: the same question would bring the same reply."""
+    huge = -10**400
+    for odd in (tokens(m=None), tokens(m=huge), tokens(m="-1"), tokens(m=float("nan")), tokens(m=True), tokens(m=3.0),
+                tokens(m=-1.0, M=huge)):
+        endpoint.script = [odd]
+        assert asker(endpoint).share(HELLO)["p"] is None
+    unnamed = tokens(m=-0.5, M=-1.5)
+    unnamed["choices"][0]["logprobs"]["content"][0]["top_logprobs"].append({"token": None, "logprob": -1.0})
+    endpoint.script = [unnamed]
+    assert asker(endpoint).share(HELLO)["p"] == pytest.approx(1 / (1 + math.exp(-1)))
+    endpoint.script = [message("so", usage={"prompt_tokens": 10**400, "completion_tokens": -1})]
+    told = asker(endpoint).write(HELLO, 5)
+    assert told["prompt_tokens"] is None and told["completion_tokens"] is None
+    assert len(endpoint.asked) == 9
+
+
+def test_replies_that_are_too_deep_or_too_odd_are_no_replies(endpoint):
+    half = chr(0xD800)
+    number = '{"choices": [{"message": {"content": ' + "9" * 5000 + "}}]}"
+    endpoint.script = ["[" * 200_000, number, "null", message(half)]
+    assert asker(endpoint, retries=3).write(HELLO, 5)["text"] == "?"
+
+
+def test_a_server_that_cannot_do_it_is_asked_once(endpoint):
+    for status in (501, 505, 302, 404):
+        endpoint.script = [status]
+        with pytest.raises(run.UserError, match=f"HTTP {status}"):
+            asker(endpoint).write(HELLO, 5)
+    assert len(endpoint.asked) == 4
 
 
 def test_what_waiting_does_not_mend_is_not_tried_again(endpoint):
