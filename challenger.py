@@ -108,13 +108,13 @@ class Query:
     was_cut: bool = False               # did it reach its length limit?
 
 
-def ask(net, chat, challenge, args, names, numbers, held_out=None, desc=None):
+def ask(net, chat, challenge, args, names, numbers, refuse=None, desc=None):
     """A Query for each of the `numbers`: q ~ pi(.|cp), where `challenge` is cp as ids. What the Solver reads of one is
     its text between the template's tags, as far as there is room for an answer; ids and logp are all that was written.
 
-    names: a query's random stream belongs to them and to its number. held_out: of a text, whether it is kept for
-    evaluation. One that still is after ATTEMPTS attempts counts as empty: a Challenger that knows nothing else earns
-    nothing by it. desc: label of a progress bar, None for no bar.
+    names: a query's random stream belongs to them and to its number. refuse: of a text, whether another is to be asked
+    in its place, as of one that is kept for evaluation. Where all ATTEMPTS are refused the query counts as empty: a
+    Challenger that knows nothing else earns nothing by it. desc: label of a progress bar, None for no bar.
     """
     room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
     for attempt in range(ATTEMPTS if missing else 0):
@@ -126,7 +126,7 @@ def ask(net, chat, challenge, args, names, numbers, held_out=None, desc=None):
             text = extract_query(without_thinking(chat.decode(ids)))
             text = shortened(text, lambda part: len(chat.encode(part)) <= room)
             found[i] = Query(text, ids, logp, finish == "length")
-        missing = [i for i in missing if held_out and held_out(found[i].text)]
+        missing = [i for i in missing if refuse and refuse(found[i].text)]
         if not missing:
             break
     for i in missing:
@@ -148,13 +148,13 @@ def kept_for_evaluation(args, *lists):
     return lambda text: text in kept or entry is not None and entry.held_out(text)
 
 
-def distinct(net, chat, challenge, args, names, count, held_out=None, shard=(0, 1)):
+def distinct(net, chat, challenge, args, names, count, refuse=None, shard=(0, 1)):
     """`count` queries that all differ, none empty, as texts in the order of their numbers, the same however many ranks
     share the asking. Raises UserError where ATTEMPTS times as many queries hold too few different ones."""
     found, asked, (rank, ranks) = {}, 0, shard
     while len(found) < count and asked < ATTEMPTS * count:
         numbers = range(asked, asked + count - len(found))
-        mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], held_out,
+        mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], refuse,
                    desc="the Challenger's queries")
         found |= dict.fromkeys(filter(None, run.gather([query.text for query in mine], len(numbers))))
         asked += len(numbers)

@@ -280,7 +280,8 @@ RULES = {"plain": multiplicative_weights, "leapfrog": leapfrog, "optimistic": op
          "magnet, fixed": functools.partial(magnetic, weight=WEIGHT),
          "magnet, moved": functools.partial(magnetic, weight=WEIGHT, every=10),
          "Nash-MD": functools.partial(nash_md, tau=TAU)}
-STYLES_START, STYLES_ETA, STYLES_T = (0.45, 0.25, 0.3), 2.0, 40     # as a run of --world intransitive
+# The start and the length of a run of --world intransitive. Its plain --eta 2 makes steps of (K - 1)/K of that, 1.6.
+STYLES_START, STYLES_ETA, STYLES_T = (0.45, 0.25, 0.3), 2.0, 40
 
 
 def _theorem():

@@ -380,10 +380,10 @@ def magnetic(wins, logratio, eta, weight):
     p* = Phat - (w / eta) (l - mean l),  l = log pi_t(y|x) / pi_mag(y|x).
 
     wins [..., n] are the answers' Phats, logratio [..., n] their l; the mean over them stands for the normaliser of
-    log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t). Its iterates come to rest near the Nash
-    equilibrium, the nearer the smaller w / eta is, and on it when the magnet is moved to pi_t from time to time.
-    (Sokota et al., arXiv 2206.05825, whose strength alpha is w / eta; Magnetic Preference Optimization, arXiv
-    2410.16714; the moving magnet also in COMAL, arXiv 2410.23223.)
+    log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t). If eta is small enough for w / eta, its iterates
+    come to rest near the Nash equilibrium, the nearer the smaller w / eta is, and on it when the magnet is moved to
+    pi_t from time to time. (Sokota et al., arXiv 2206.05825, whose strength alpha is w / eta; Magnetic Preference
+    Optimization, arXiv 2410.16714; the moving magnet also in COMAL, arXiv 2410.23223.)
 
     >>> magnetic(torch.tensor([.75, .25]), torch.tensor([1., -1.]), eta=4.0, weight=.5)  # targets eta (p* - 1/2): +-1/2
     tensor([0.6250, 0.3750])

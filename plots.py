@@ -223,9 +223,15 @@ def _clocks(summary):
 
 def _worth(plt, contestants, kind="ordinary"):
     """A curve over D for GRPO on D distinct queries, bands for everybody else. On few queries fewer steps than a
-    panel's are enough: of several numbers of steps the largest that it has room for counts."""
+    panel's are enough: of several numbers of steps the largest that it has room for counts. Raises UserError for two
+    contestants on one D with as many steps."""
     everybody = [(label, s, *figures[kind]) for label, (s, figures) in contestants.items()]
     everybody.sort(key=lambda each: each[1]["steps"])
+    places = [(s["train_prompts"], s["steps"]) for _, s, *_ in everybody if s["train_prompts"]]
+    for D, count in places:
+        if places.count((D, count)) > 1:
+            raise run.UserError(f"--picture has one point for D = {D} at {count} steps, and two contestants for it; "
+                                "give runs of one of them")
     bands = [each for each in everybody if not each[1]["train_prompts"]]
     steps = sorted({s["steps"] for _, s, *_ in bands or everybody})
     figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 4.2), layout="constrained", sharey=True, squeeze=False)
@@ -242,7 +248,7 @@ def _worth(plt, contestants, kind="ordinary"):
             axis.axhline(mean, color=f"C{k + 1}", lw=1.5, label=label)
         axis.set(title=f"at most {count:,} steps", xlabel="distinct queries D, used again and again")
         axis.legend(loc="lower right")
-    axes[0][0].set_ylabel("test queries answered exactly (greedy)")
+    axes[0][0].set_ylabel("answered exactly (greedy), ± standard error")
     return figure
 
 

@@ -23,7 +23,7 @@ Deviations from the paper, each with its reason:
   - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
     with the run's own judge; the test prompts play no part in any choice. With one epoch, the default for real
     prompts, there is one candidate and the figure only reports. --keep last makes no choice
-  - best and worst are by Phat, the quantity the loss is about, also where PairRM's aggregate score would differ
+  - best and worst are by Phat (optimistic play: p*), the loss's own, also where PairRM's aggregate score would differ
   - prompts whose K answers all tie stay in (p = 1/2, so their target is 0), so that a part's size does not depend on
     the judge
   - the learning-rate schedule spans an iteration's own epochs; --schedule-epochs 18 gives the paper's, which schedules
@@ -35,9 +35,9 @@ Deviations from the paper, each with its reason:
     is another
   - the learning rate is one step ahead of Hugging Face's linear schedule, whose first step has rate 0
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
-  - --self-play optimistic or magnetic, off by default, changes what stands in Phat's place: SPPO's iterates circle the
-    equilibrium and only their average approaches it; in exact play (games.py) these two rest. Optimistic play samples K
-    more answers a prompt and judges 2K together; magnetic play takes one more forward pass
+  - --self-play optimistic or magnetic, off by default, changes what stands in Phat's place: where a judge's taste runs
+    in a circle, so do SPPO's iterates, and only their average approaches the equilibrium; in exact play (games.py)
+    these two come to rest
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
 Deviations from the official code (--preset takes its settings):
@@ -80,8 +80,9 @@ import world
 from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_prompts, read_sources, shorter_sessions,
                   split_prompts)
 from run import flag
-from table import (answer_texts, check_stage, check_stage_flags, check_training_rows, encode_prompts, judge_answers,
-                   put_table, read_table, readable_row, table_row, training_examples, without_long_prompts)
+from table import (answer_texts, check_nothing_later, check_stage, check_stage_flags, check_training_rows,
+                   encode_prompts, judge_answers, put_table, read_table, readable_row, table_row, training_examples,
+                   without_long_prompts)
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
 # official code (RMSProp, 512 tokens for a prompt and 1,024 for both together; here: 1,024 for the answer). What it is
@@ -93,7 +94,7 @@ PAPER = dict(iterations=3, prompts_per_iteration=20000, batch_size=64, all_respo
 PAPER_LOSS = {"sppo": dict(eta=1e3, lr=5e-7, epochs=1), "sppo-hard": dict(eta=1e3, lr=5e-7, epochs=1),
               "dpo": dict(beta=0.1, lr=5e-7, epochs=1), "ipo": dict(beta=0.1, lr=5e-7, epochs=1)}
 LOSSES = tuple(PAPER_LOSS)
-MAGNET = dict(magnet=0.33, magnet_every=10)     # what --self-play magnetic begins with
+MAGNET = dict(magnet=0.33, magnet_every=10, all_responses=True)     # the defaults of --self-play magnetic
 
 # The official code's settings; a flag given beside --preset wins. For the paper's own add
 # --schedule-epochs 18 --temperature 1 --top-p 1.
@@ -142,16 +143,16 @@ class Settings(challenger.Settings):
         "all K answers in SPPO's loss, as in Theorem 4.1, instead of the best and the worst")
     self_play: str = flag("plain",
         "what stands in Phat's place in (4.7): plain = P(y > pi_t), the paper's; optimistic = 2 P(y > pi_t) - P(y > "
-        "pi_{t-1}), for K more answers sampled a prompt and all pairs of 2K judged instead of K (for K 5 45, not 10); "
-        "magnetic = P(y > pi_t) and a pull to an earlier policy, for one more forward pass",
+        "pi_{t-1}), not shrunk by (K-1)/K as Phat is, for K more answers a prompt and 45 pairs judged instead of 10; "
+        "magnetic = P(y > pi_t) and a pull to an earlier policy, over all K answers, for one more forward pass",
         ("plain", "optimistic", "magnetic"))
     magnet: float | None = flag(None, f"magnet's weight w, pi_t's is 1 - w [{MAGNET['magnet']}]", above=0, at_most=1)
     magnet_every: int | None = flag(None,
-        "iterations between two moves of the magnet to pi_t, from pi_1 on; 0 = it stays at pi_1 "
-        f"[{MAGNET['magnet_every']}]", at_least=0)
+        "iterations between two moves of the magnet to pi_t; with 0, or fewer iterations, it stays at pi_1, and play "
+        f"rests beside the equilibrium [{MAGNET['magnet_every']}]", at_least=0)
     eta: float | None = flag(None,
-        "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2); another for each --loss",
-        above=0)
+        "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2); another for each --loss, and "
+        "in intransitive for --self-play optimistic (3) and magnetic (3.3)", above=0)
     beta: float | None = flag(None,
         "beta of DPO, and of IPO, whose margin is 1/(2 beta); another for each --loss", above=0)
     lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7); another for each --loss", above=0)
@@ -167,8 +168,8 @@ class Settings(challenger.Settings):
         "prompts per forward and backward pass and rank; less saves memory, the gradient is the same", at_least=1)
     temperature: float = flag(1.0,
         "of sampling (section 5.1: 1); above 0, for greedy decoding would draw the same answer K times", above=0)
-    top_p: float = flag(1.0, "nucleus of sampling, in (0, 1] (section 5.1: 1)", above=0, at_most=1)
-    top_k: int = flag(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
+    top_p: float = flag(1.0, "nucleus of sampling answers, in (0, 1] (section 5.1: 1)", above=0, at_most=1)
+    top_k: int = flag(0, "sample answers among the k likeliest tokens; 0 = all", at_least=0)
     max_prompt_tokens: int | None = flag(None,
         "longest prompt in tokens, template included; 0 = whatever the context allows (see --drop-long-prompts)",
         at_least=0)
@@ -216,9 +217,8 @@ def main(argv):
             rows = sampled(t, job)
             # P(y_i > y_k | x) for all pairs, so that Phat compares every answer with pi_t itself, as (4.1) asks.
             rows = judged(t, rows, job)
-            # The best and the worst answer to each prompt, or all K, with their Phats. Under them pi_t circles the
-            # equilibrium. --self-play optimistic has p* = 2 P(y > pi_t) - P(y > pi_{t-1}) in their place, the last gain
-            # twice and the one before taken back, as if the opponent moved on as it did: so pi_t comes to rest.
+            # The best and the worst answer to each prompt, or all K, with their Phats; for --self-play optimistic with
+            # p* = 2 P(y > pi_t) - P(y > pi_{t-1}), which expects the opponent to move once more as it just moved.
             examples, statistics = picked(t, rows, job)
             rows = None                         # their texts are not needed any more, and take much memory
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
@@ -248,11 +248,12 @@ def trained(t, examples, statistics, job):
     args, record = job.args, job.record
     # pi_t is two things at once: where training starts, and the reference that log-ratios are taken against. So its
     # log-probabilities are computed first, before any weight moves.
+    check_nothing_later(t, record.out)
     net = job.take(job.pi_path(t))
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
-    # log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t) + const: the pull to a fixed policy
-    # ends the circling, near the equilibrium. The magnet is moved to pi_t from time to time, so that it arrives there.
+    # log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t) + const: the pull to a fixed policy ends the
+    # circling, near the equilibrium, and moving the magnet to pi_t from time to time brings it there.
     if args.self_play == "magnetic":
         draw_to_magnet(t, examples, job)
     # The optimizer starts afresh too: its moments belong to another regression.
@@ -295,9 +296,9 @@ def trained(t, examples, statistics, job):
                               shard={"optimizer": optimizer.state_dict()})
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
-    if job.rank == 0:                           # answers of another pi_{t+1}, from before this iteration was done again
-        for begun in samples_begun(t + 1, record):
-            run.remove(begun)
+    if job.rank == 0:                           # of another pi_{t+1}, from before this iteration was done again
+        for stale in begun_files(t + 1, record):
+            run.remove(stale)
     run.rename_on_rank_0(record.path("state", "best"), job.pi_path(t + 1))
     record.save_state(iteration=t + 1, step=0)
 
@@ -310,28 +311,29 @@ def trained(t, examples, statistics, job):
 def sampled(t, job):
     """Phase `sample` of iteration t: the table's rows, with K answers of pi_t to every prompt of part t; for optimistic
     play also K of pi_{t-1}, of which the texts are enough, to be judged beside the others."""
-    args, path, begun = job.args, job.record.path(f"table-{t}.jsonl"), samples_begun(t, job.record)
+    args, path, begun = job.args, job.record.path(f"table-{t}.jsonl"), begun_files(t, job.record)
     if os.path.exists(path):
         return read_table(path, args.stage == "train", args.all_responses)
     rows = drawn(t, t, begun[0], job)
     if args.self_play == "optimistic" and t > 1:
         before = drawn(t - 1, t, begun[1], job)
         rows = [row | texts for row, texts in zip(rows, before, strict=True)]
-    put_table(path, rows, begun, job.rank)
+    put_table(path, rows, begun[:3], job.rank)
     return rows
 
 
-def samples_begun(t, record):
-    """Files that wait for iteration t's table to be whole: answers of pi_t, of pi_{t-1}, prompts that pi_t wrote."""
-    return [record.path("state", f"{name}.jsonl") for name in (f"sampled-{t}", f"sampled-{t}-before", f"prompts-{t}")]
+def begun_files(t, record):
+    """What iteration t keeps in state/: until its table is whole answers of pi_t, of pi_{t-1}, prompts; log-probs."""
+    names = ("sampled-{}.jsonl", "sampled-{}-before.jsonl", "prompts-{}.jsonl", "reference-{}.json", "magnet-{}.json")
+    return [record.path("state", name.format(t)) for name in names]
 
 
 def prompts_of(t, job):
     """The prompts of iteration t: its part of the given ones; or what pi_t's own Challenger asks, all different, none
-    kept for evaluation. (Nonsense does no harm: the judge ties its answers, and ties hold the policy still.)"""
+    kept for evaluation. (A world's oracle ties all answers to nonsense, and ties hold the policy still.)"""
     if job.challenge is None:
         return job.parts[t - 1]
-    path, lists = samples_begun(t, job.record)[-1], [prompts for prompts, _ in job.held_out.values()]
+    path, lists = begun_files(t, job.record)[2], [prompts for prompts, _ in job.held_out.values()]
     if not os.path.exists(path):
         with job.record.phase("sample"):
             texts = challenger.distinct(job.network(job.pi_path(t)), job.chat, job.challenge, job.args,
@@ -405,7 +407,7 @@ def picked(t, rows, job):
     """What of iteration t's judged rows enters the loss: (examples, statistics) of `training_examples`. Prints what the
     judge said, and writes the first 50 rows to samples.jsonl, for a person to read."""
     examples, statistics = training_examples(rows, job.chat, job.args, t, job.rank)
-    if job.challenge is not None:               # what pi_t asked; overlap is a matter of pairs, so of some hundred
+    if job.args.prompts == "challenger":        # what pi_t asked; overlap is a matter of pairs, so of some hundred
         texts = [row["prompt"] for row in rows[:512]]
         ids = [job.chat.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         statistics |= challenger.query_metrics(texts, ids, world.WORLDS.get(job.args.world))
@@ -652,21 +654,22 @@ def set_up(argv):
     if args.stage == "train":
         check_training_rows(rows, args, job.chat, *(prompts for prompts, _ in job.held_out.values()))
     job.record = record = run.Run(args.out, args, resume, args.overwrite, rank)
+    size = len(job.parts[0]) if job.parts else args.prompts_per_iteration
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
             run.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
         if "prompts" in needs(args):                        # what a resumed run must not change
             run.write_json(record.path("state", "initial.json"), {
                 "initial": str(job.base), "iterations": shorter_sessions(began, args) + [args.iterations],
-                "sources": digests(sources), "size": len(job.parts[0]) if job.parts else args.prompts_per_iteration})
+                "sources": digests(sources), "size": size})
         if args.table:                                      # where the phases look for it
             run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
-    job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, answer_limits(args), args.seed, job.shard)
+    evaluation = winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows, max_total_tokens=args.max_total_tokens)
+    job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, evaluation, args.seed, job.shard)
     what = (f"stage {args.stage} of iteration {args.iteration}; " if args.stage else
-            f"{job.base}, judge {job.judge.name}; {args.iterations} iteration{'s' * (args.iterations > 1)} of "
-            f"{len(job.parts[0]) if job.parts else args.prompts_per_iteration} prompts x K = {args.k}, "
-            + (f"beta {args.beta:g}" if args.beta else f"eta {args.eta:g}") + f", lr {args.lr:g}; ")
+            f"{job.base}, judge {job.judge.name}; {args.iterations} iteration{'s' * (args.iterations > 1)} of {size} "
+            f"prompts x K = {args.k}, {f'beta {args.beta:g}' if args.beta else f'eta {args.eta:g}'}, lr {args.lr:g}; ")
     record.say(f"{method(args)} on {device} ({str(dtype)[6:]}, {ranks} process{'es' * (ranks > 1)}): {what}"
                f"writing to {args.out}")
     if job.board.rows:
@@ -729,8 +732,8 @@ def settle(args):
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if not args.judge and args.world:
         args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))
-    check_step_size(args)
     check_self_play(args)
+    check_step_size(args)
     check_stage_flags(args)
     check_sources(args)
     return args
@@ -769,7 +772,9 @@ def check_self_play(args):
     if args.self_play != "plain" and args.loss != "sppo":
         raise run.UserError(f"--self-play {args.self_play} changes the p in --loss sppo's target, eta (p - 1/2), and "
                             f"--loss {args.loss} looks only at who is best and worst; leave one of them out")
-    for name in MAGNET:
+    if args.self_play == "magnetic" and not args.all_responses:
+        raise run.UserError("--self-play magnetic takes a mean over all K answers; leave --no-all-responses out")
+    for name in ("magnet", "magnet_every"):
         if getattr(args, name) is not None and args.self_play != "magnetic":
             raise run.UserError(f"--{name.replace('_', '-')} is for --self-play magnetic; give that, or leave it out")
 
@@ -789,11 +794,6 @@ def check_sources(args):
     if "model" in needs(args) and not args.world and not args.model:
         raise run.UserError("--prompts and --table need --model: an embedded world's base does not read natural "
                             "language (for a table of that world give --world)")
-
-
-def answer_limits(args):
-    """How long answers may be, in training and in evaluations; the temperature in it, 1, is an evaluation's."""
-    return winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows, max_total_tokens=args.max_total_tokens)
 
 
 if __name__ == "__main__":

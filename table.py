@@ -49,7 +49,7 @@ def table_row(prompt, texts):
     return {"prompt": stored(prompt), **({"row": beside} if beside else {}), **answers}
 
 
-def asked(row):
+def prompt_in(row):
     """The Prompt of a table's row. Another tool's table has the prompt's other columns beside it."""
     beside = row.get("row")
     if not isinstance(beside, dict):
@@ -101,7 +101,7 @@ def readable_row(row):
     texts = answer_texts(row) or [talk[-1]["content"] for talk in talks]
     if "probability" in row:
         wins = kernels.phat(torch.tensor(row["probability"])).tolist()
-    return {"prompt": asked(row), "responses": texts, "phat": [round(p, 4) for p in wins]}
+    return {"prompt": prompt_in(row), "responses": texts, "phat": [round(p, 4) for p in wins]}
 
 
 def read_table(path, judged=False, all_responses=False):
@@ -142,8 +142,8 @@ def _table_row(row, judged, all_responses):
         row["prompt"] = before                              # some tables give the last of them alone as `prompt`
     if not row["prompt"]:
         raise KeyError("prompt")
-    row["prompt"] = stored(asked(row))
-    turns = turns_of(asked(row))
+    row["prompt"] = stored(prompt_in(row))
+    turns = turns_of(prompt_in(row))
     for name in names:
         if isinstance(row[name], str):
             row[name] = [*turns, {"role": "assistant", "content": row[name]}]
@@ -198,7 +198,7 @@ def judge_answers(rows, judge, shard):
     rank, ranks = shard
     mine = rows[rank::ranks]
     answers = [list(map(without_thinking, answer_texts(row) + row.get("answers_before", []))) for row in mine]
-    judged, P = [], judge.preference([asked(row) for row in mine], answers)         # [B, K, K], or [B, 2K, 2K]
+    judged, P = [], judge.preference([prompt_in(row) for row in mine], answers)         # [B, K, K], or [B, 2K, 2K]
     for row, p in zip(mine, P):
         K = len(answer_texts(row))
         judged.append(row | verdict_columns(row, p[:K, :K]))
@@ -250,8 +250,8 @@ def training_examples(rows, chat, args, t=1, rank=0):
     if args.self_play == "optimistic":
         check_columns(rows, ["probability"] + ["probability_before"] * (t > 1), t)
     if args.drop_long_prompts and "tokens" not in rows[0]:     # ours were left out before sampling
-        fit = set(without_long_prompts([asked(row) for row in rows], chat, args, rank))
-        rows = [row for row in rows if asked(row) in fit]
+        fit = set(without_long_prompts([prompt_in(row) for row in rows], chat, args, rank))
+        rows = [row for row in rows if prompt_in(row) in fit]
     examples, phats, cut, dropped = [], [], [], 0
     for row in rows:
         order, p, wins = ranked(row, args)
@@ -261,7 +261,7 @@ def training_examples(rows, chat, args, t=1, rank=0):
             ends = [end == "length" for end in row["finish"]]
         else:                                               # text from elsewhere
             talks = [row["chosen"], row["rejected"]] if order is None else [row[f"generate_{k}"] for k in order]
-            example, too_long = encode_talks(asked(row), talks, chat, args)
+            example, too_long = encode_talks(prompt_in(row), talks, chat, args)
             ends = too_long
         if any(too_long) and total_decides(args) and len(example["prompt"]) > args.max_prompt_tokens:
             dropped += 1
@@ -308,6 +308,15 @@ def check_stage_flags(args):
                             "raise the other")
 
 
+def check_nothing_later(t, out):
+    """Raises UserError where iteration t + 1 has a table already: with answers of another pi_{t+1} than the one that
+    iteration t is about to make."""
+    later = os.path.join(out, f"table-{t + 1}.jsonl")
+    if os.path.exists(later):
+        raise run.UserError(f"{later} holds answers of an earlier iter-{t}, which is about to be made again; remove "
+                            "it, or give another --out")
+
+
 def check_stage(args):
     """The rows that --stage judge or train works on, else None; for judge without another judge's verdicts. Raises
     UserError where a stage finds nothing to work on, or its result already there."""
@@ -342,7 +351,7 @@ def check_training_rows(rows, args, chat, *held_out):
     """Raises UserError for rows that --stage train cannot work on: a prompt that is held out (one of these lists, or a
     query that a world evaluates on) or has no room, or another table than an interrupted training began with."""
     table = f"--table {args.table}" if args.table else f"--stage train: table-{args.iteration}.jsonl"
-    if any(map(challenger.kept_for_evaluation(args, *held_out), map(asked, rows))):
+    if any(map(challenger.kept_for_evaluation(args, *held_out), map(prompt_in, rows))):
         raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation or test; leave "
                             "them out" + ("" if args.world else ", or give --keep last"))
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)

@@ -14,6 +14,7 @@ is how settings are tried out.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -49,11 +50,11 @@ def main(argv):
                                                        "checkpoints that runs left behind")
     if not paths:
         raise run.UserError("exact needs run directories, before any flag: python eval.py exact out/lsp out/grpo")
-    paths, rivals = ([os.path.normpath(path) for path in group if path] for group in (paths, args.vs.split(",")))
-    rival = plots.groups([(path, summary_of(path)) for path in dict.fromkeys(rivals)])
+    paths, rivals = (once(path for path in group if path) for group in (paths, args.vs.split(",")))
+    rival = plots.groups([(path, summary_of(path)) for path in rivals])
     if len(rival) > 1:
         raise run.UserError(f"--vs {args.vs} names more than one contestant; give runs that differ in their seed alone")
-    others = [path for path in dict.fromkeys(paths) if path not in rivals]
+    others = [path for path in once([*rivals, *paths]) if path not in rivals]
     contestants = plots.groups([(path, summary_of(path)) for path in others])
     labels = [label for label, _ in contestants]
     contestants += [(f"{label}, --vs" if label in labels else label, members) for label, members in rival]
@@ -75,13 +76,21 @@ def main(argv):
         print(f"wrote {args.picture}")
 
 
+def once(paths):
+    """The paths without those that lead where an earlier one leads, by whatever name: no run counts twice."""
+    known = {}
+    for path in paths:
+        known.setdefault(os.path.realpath(path), os.path.normpath(path))
+    return list(known.values())
+
+
 def check_fit(contestants, args):
     """Raises UserError for runs of several worlds, and for flags that the world has no use for."""
     summaries = [summary for _, members in contestants for _, summary in members]
     names = sorted({summary["settings"]["world"] for summary in summaries})
     if len(names) > 1:
         raise run.UserError(f"exact was given runs of the worlds {' and '.join(names)}; make one table for each")
-    unused = ("stop", "vs", "picture") if world.WORLDS[names[0]].styles else ("last",)
+    unused = ("stop", "vs", "picture", "harder") if world.WORLDS[names[0]].styles else ("last",)
     for field in dataclasses.fields(args):
         if field.name in unused and getattr(args, field.name) != field.default:
             raise run.UserError(f"--{field.name} does nothing in --world {names[0]}; leave it out")
@@ -132,7 +141,7 @@ def measured(path, summary, args):
     if args.stop:
         rates = [rights(path, name, summary, "validation", "", args.count, known).mean() for name in names]
         chosen = names[max(range(len(names)), key=rates.__getitem__)]
-    kind_of = {"": args.count} | dict.fromkeys(entry_of(summary).harder if args.harder else (), args.harder)
+    kind_of = {"": args.count} | (dict.fromkeys(entry_of(summary).harder, args.harder) if args.harder else {})
     found = {kind or "ordinary": rights(path, chosen, summary, args.part, kind, count, known)
              for kind, count in kind_of.items()}
     run.write_json(file, known, indent=None)
@@ -141,13 +150,13 @@ def measured(path, summary, args):
 
 def rights(path, name, summary, part, kind, count, known):
     """[count] float64: which queries the checkpoint answers exactly. `known` is what exact.json holds, so that nothing
-    is decoded twice: {checkpoint, its digest, and the queries: a string of 0 and 1}."""
-    key = f"{name} {digest(path, name)} {part} {kind} {count}"
+    is decoded twice: {checkpoint, its digest, and the queries with theirs: a string of 0 and 1}."""
+    spoken = entry_of(summary)
+    queries = queries_of(summary["settings"]["world"], part, kind, count)
+    key = f"{name} {digest(path, name)} {part} {kind} {count} {queries_digest(queries)}"
     if key not in known:
-        spoken = entry_of(summary)
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
-        queries, ids = asked(summary["settings"]["world"], chat, part, kind, count)
-        answers, _ = winrate.answer(net, chat, ids, 1, SAMPLING, 0, greedy=True)
+        answers, _ = winrate.answer(net, chat, encoded(chat, queries), 1, SAMPLING, 0, greedy=True)
         known[key] = "".join("1" if spoken.score(q, a) == 1 else "0" for q, (a,) in zip(queries, answers))
     return torch.tensor([float(bit) for bit in known[key]], dtype=torch.float64)
 
@@ -162,13 +171,22 @@ SAMPLING = winrate.Sampling(max_new_tokens=24, max_rows=1000)
 ENCODED = {}            # encoding the queries takes as long as answering them, and all checkpoints get the same
 
 
-def asked(name, chat, part, kind, count):
-    """(queries, their ids) of the world of that name."""
-    key = name, part, kind, count
-    if key not in ENCODED:
-        queries = world.WORLDS[name].queries(part, count, kind=kind)
-        ENCODED[key] = queries, chat.encode_all(queries, 0, SAMPLING.max_new_tokens)
-    return ENCODED[key]
+@functools.cache
+def queries_of(name, part, kind, count):
+    """The queries, a tuple, of the world of that name."""
+    return tuple(world.WORLDS[name].queries(part, count, kind=kind))
+
+
+def queries_digest(queries):
+    """A short digest of the queries: a world whose entry was edited may ask others under the same name."""
+    return hashlib.blake2b("\n".join(queries).encode(), digest_size=4).hexdigest()
+
+
+def encoded(chat, queries):
+    """The queries' ids."""
+    if queries not in ENCODED:
+        ENCODED[queries] = chat.encode_all(queries, 0, SAMPLING.max_new_tokens)
+    return ENCODED[queries]
 
 
 def kinds(results):
@@ -190,7 +208,7 @@ def difference(ours, theirs, kind):
     """(difference of the mean accuracies, its standard error): seeds vary on both sides by themselves, queries are
     shared.
 
-    Each of the two variances holds what seed and query do together, which is taken off once. Five seeds a side leave
+    Both variances contain the seed-by-query interaction, so it is subtracted once. Five seeds a side leave
     eight degrees of freedom at best: a difference of 2.3 standard errors is what chance gives one time in twenty.
     """
     sides = [torch.stack([one[kind] for one in runs]) for runs in (ours, theirs)]               # [seeds, Q] each
@@ -222,7 +240,8 @@ def table(results):
 
 def style_rows(contestants, args):
     """Markdown: for each contestant the best response to its last iterates and their distance to the Nash equilibrium
-    (Euclidean, of style shares), mean and standard error over seeds."""
+    (Euclidean, of style shares), mean and standard error over seeds. Shares of 2,000 samples are noisy: a policy at the
+    equilibrium would show a best response of .505 and a distance of .016."""
     lines = [f"| | runs | best response, mean of the last {args.last} iterates | worst of them | distance to Nash |",
              "|---" * 5 + "|"]
     nash = torch.tensor(world.NASH_STYLES, dtype=torch.float64)
@@ -246,11 +265,11 @@ def iterate_styles(path, name, summary, args):
     """Style shares [3] float64 of a checkpoint's answers at temperature 1, one to each of args.count queries."""
     file = os.path.join(path, "exact.json")
     known = run.read_json(file) if os.path.exists(file) else {}
-    key = f"{name} {digest(path, name)} {args.part} styles {args.count}"
+    queries = queries_of(summary["settings"]["world"], args.part, "", args.count)
+    key = f"{name} {digest(path, name)} {args.part} styles {args.count} {queries_digest(queries)}"
     if key not in known:
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
-        _, ids = asked(summary["settings"]["world"], chat, args.part, "", args.count)
-        answers, _ = winrate.answer(net, chat, ids, 1, SAMPLING, 0)
+        answers, _ = winrate.answer(net, chat, encoded(chat, queries), 1, SAMPLING, 0)
         known[key] = world.style_shares(sum(answers, []))
         run.write_json(file, known, indent=None)
     return torch.tensor(known[key], dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch
 from chat import Prompt, Template, as_row, breaker, in_steps, load_checkpoint, prompt_of, read_prompts, without_thinking
 from conftest import PROMPTS, file, rows
 from run import UserError
-from table import asked, read_table
+from table import prompt_in, read_table
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -79,9 +79,9 @@ def test_what_is_beside_a_prompt_survives_or_is_left_out():
 
 def test_a_foreign_table_keeps_what_stands_beside_its_prompt():
     table = read_table(file("t.jsonl", rows({"prompt": "One.", "answer": "1", "generate_0": "1", "generate_1": "2"})))
-    assert asked(table[0]).row == {"answer": "1"}
+    assert prompt_in(table[0]).row == {"answer": "1"}
     table = read_table(file("t.jsonl", rows({"prompt": "One.", "row": 5, "generate_0": "1", "generate_1": "2"})))
-    assert asked(table[0]).row == {}
+    assert prompt_in(table[0]).row == {}
 
 
 def test_no_turn_writes_the_heading_of_another():

@@ -12,12 +12,15 @@ import torch
 import eval as evaluation
 import lsp
 import plots
+import rollout
 import winrate
 import world
 from benchmarks import exact
+from chat import load_checkpoint
 from conftest import is_png
 from run import UserError
 from test_lsp import SMALL, argv
+from test_sppo import circle                # a fixture
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -42,23 +45,32 @@ def test_a_paired_difference_by_hand():
     assert mean == 0.0 and error == pytest.approx((by_query + by_seed - together) ** 0.5)
 
 
-def test_the_error_is_what_repetitions_show():
-    """Fifty contests of five seeds with nothing between the sides: the claimed errors match the spread found."""
+@pytest.mark.parametrize("of_seed, of_side, queries", [(0.3, 0.0, 400), (0.0, 1.5, 30)])
+def test_the_error_is_what_repetitions_show(of_seed, of_side, queries):
+    """400 contests of five seeds, in which seeds differ, or what a side finds hard: there the queries are what varies.
+    The claimed variances are the one found (its own error: 7 %), and without the seeds' or the queries' part not."""
     generator = torch.Generator().manual_seed(0)
+
+    def normal(size):
+        return torch.randn(size, generator=generator)
+
     found, claimed = [], []
-    for _ in range(50):
-        easy = torch.randn(400, generator=generator)                                        # the queries, for both
-        sides = [[{"ordinary": (easy + 0.3 * torch.randn(1, generator=generator)
-                                + torch.randn(400, generator=generator) > 0).double()} for _ in range(5)]
-                 for _ in range(2)]
+    for _ in range(400):
+        easy = normal(queries)                                                              # for both sides
+        sides = []
+        for _ in range(2):
+            own = easy + of_side * normal(queries)
+            sides.append([{"ordinary": (own + of_seed * normal(1) + 0.5 * normal(queries) > 0).double()}
+                          for _ in range(5)])
         mean, error = exact.difference(*sides, "ordinary")
         found.append(mean)
-        claimed.append(error)
-    assert 0.75 < sum(claimed) / 50 / float(torch.tensor(found).std()) < 1.3
+        claimed.append(error ** 2)
+    assert 0.85 < sum(claimed) / 400 / float(torch.tensor(found).var()) < 1.2
 
 
 def test_a_run_is_never_counted_twice(two_runs, capsys):
-    evaluation.main(["exact", "out/a", "out/a/", "out/b", "--vs", "out/b/", "--count", "20", "--harder", "0"])
+    evaluation.main(["exact", "out/a", "out/a/", os.path.abspath("out/a"), "out/b", "--vs", "out/b/", "--count", "20",
+                     "--harder", "0"])
     said = capsys.readouterr().out
     assert "| lsp | 1 |" in said and "| lsp, frozen Challenger | 1 |" in said and said.count(" minus ") == 1
     with pytest.raises(UserError, match="more than one contestant"):
@@ -175,6 +187,55 @@ def test_on_few_queries_fewer_steps_are_enough():
 def test_bad_input(words, says, two_runs):
     with pytest.raises(UserError, match=says):
         evaluation.main(["exact", *words])
+
+
+def test_the_last_iterates_by_hand(monkeypatch):
+    """Two seeds of two iterates each, and one at the equilibrium. Against all of style 0 the best response, style 1,
+    wins P(1 beats 0)."""
+    shares = {("a", "iter-2"): (1.0, 0.0, 0.0), ("a", "iter-3"): world.NASH_STYLES,
+              ("b", "iter-2"): world.NASH_STYLES, ("b", "iter-3"): world.NASH_STYLES}
+    monkeypatch.setattr(exact, "checkpoints", lambda path: ["iter-1", "iter-2", "iter-3"])
+    monkeypatch.setattr(exact, "iterate_styles", lambda path, name, summary, args: torch.tensor(
+        shares[path, name], dtype=torch.float64))
+    text = exact.style_rows([("two", [("a", {}), ("b", {})]), ("one", [("b", {})])], exact.ExactSettings(last=2))
+    best = max(row[0] for row in world.STYLES)
+    away = float((torch.tensor([1.0, 0, 0]) - torch.tensor(world.NASH_STYLES)).norm())
+    mean, worst = (best / 2 + 0.25 + 0.5) / 2, (best + 0.5) / 2
+    assert text.splitlines()[2] == (
+        f"| two | 2 | {mean:.3f} ±{(best - 0.5) / 4:.3f} | {worst:.3f} ±{(best - 0.5) / 2:.3f} | "
+        f"{away / 4:.3f} ±{away / 4:.3f} |")
+    assert text.splitlines()[3] == "| one | 1 | 0.500 | 0.500 | 0.000 |"
+
+
+def test_styles_are_those_of_the_checkpoint(circle, monkeypatch):
+    """As one counts them oneself; the second time they are read, unless the queries are others."""
+    summary, args = {"settings": {"world": "intransitive"}}, exact.ExactSettings(count=30)
+    os.makedirs("out")
+    shutil.copytree(circle, "out/iter-1")
+    found = exact.iterate_styles("out", "iter-1", summary, args)
+    net, chat = load_checkpoint("out/iter-1", "cpu", torch.float32)
+    ids = chat.encode_all(world.INTRANSITIVE.queries("test", 30), 0, 24)
+    answers = rollout.generate(net, ids, 1, 24, stop_ids=chat.stop_ids, seeds=0)
+    assert found.tolist() == world.style_shares([chat.decode(tokens) for tokens, in answers.tokens])
+    assert 0 < found.max() < 1
+    monkeypatch.setattr(winrate, "answer", None)
+    assert exact.iterate_styles("out", "iter-1", summary, args).tolist() == found.tolist()
+    monkeypatch.setattr(exact, "queries_of", lambda *names: ("copy:ab",))
+    with pytest.raises(TypeError):
+        exact.iterate_styles("out", "iter-1", summary, args)
+
+
+def test_harder_does_nothing_where_there_are_styles(monkeypatch):
+    contestants = [("sppo", [("out", {"settings": {"world": "intransitive"}})])]
+    with pytest.raises(UserError, match="--harder does nothing in --world intransitive"):
+        exact.check_fit(contestants, exact.ExactSettings(harder=5))
+
+
+def test_two_contestants_for_one_point_of_the_picture():
+    import matplotlib.pyplot as plt
+    one = dict(train_prompts=16, steps=75), {"ordinary": (0.6, 0.01)}
+    with pytest.raises(UserError, match="one point for D = 16 at 75 steps, and two contestants"):
+        plots._worth(plt, {"lr 1": one, "lr 2": one})
 
 
 def test_runs_of_no_embedded_world(two_runs):

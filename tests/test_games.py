@@ -217,7 +217,7 @@ def test_nash_md_rests_beside_the_equilibrium():
     assert 0.15 < games.duality_gap(P, rest) < games.duality_gap(P, start)
 
 
-def test_the_styles_game_as_the_runs_play_it():
+def test_the_styles_game_from_a_runs_start():
     """eta 2 and 40 iterations from the base's shares: best responses to the mean of the last ten iterates."""
     best = {}
     for name, rule in games.RULES.items():

@@ -310,6 +310,7 @@ def test_two_ranks_compute_what_one_does(rule, whole, base):
                                                "1/2., and --loss dpo looks only at who is best and worst; leave one"),
     (dict(self_play="magnetic", loss="sppo-hard"), "--loss sppo-hard looks only at who is best and worst"),
     (dict(magnet=0.5), "--magnet is for --self-play magnetic; give that, or leave it out"),
+    (dict(self_play="magnetic", all_responses=False), "a mean over all K answers; leave --no-all-responses out"),
     (dict(self_play="optimistic", magnet_every=3), "--magnet-every is for --self-play magnetic")])
 def test_flags_that_do_not_go_together(given, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -318,7 +319,10 @@ def test_flags_that_do_not_go_together(given, sentence):
 
 def test_what_magnetic_play_begins_with():
     args = sppo.settle(sppo.Settings(self_play="magnetic"))
-    assert (args.magnet, args.magnet_every) == (0.33, 10)
+    assert (args.magnet, args.magnet_every, args.all_responses) == (0.33, 10, True)
+    eta = {rule: sppo.settle(sppo.Settings(world="intransitive", self_play=rule)).eta
+           for rule in ("plain", "optimistic", "magnetic")}
+    assert eta == {"plain": 2.0, "optimistic": 3.0, "magnetic": 3.3}
     args = sppo.settle(sppo.Settings(self_play="magnetic", magnet_every=0))
     assert (args.magnet, args.magnet_every) == (0.33, 0)
     for name, value in (("magnet", "0"), ("magnet-every", "-1")):

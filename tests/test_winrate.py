@@ -130,6 +130,11 @@ def test_exact_styles_scale_eta():
     torch.testing.assert_close(winrate.exact_styles(circle_summary()), want)
     assert winrate.exact_styles(circle_summary("dpo")) is None
     assert winrate.played_styles(circle_summary()["evaluations"]).tolist() == [list(p) for p in SHARES]
+    for rule, want in (("optimistic", games.optimistic(world.STYLES, SHARES[0], 2.0, 2)),
+                       ("magnetic", games.magnetic(world.STYLES, SHARES[0], 1.5, 2, 0.75 * 0.4, 3))):
+        summary = circle_summary()
+        summary["settings"] |= dict(self_play=rule, magnet=0.4, magnet_every=3)
+        torch.testing.assert_close(winrate.exact_styles(summary), want)
 
 
 def test_style_line_and_table():
