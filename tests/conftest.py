@@ -130,15 +130,29 @@ def dies_in(monkeypatch):
     return arm
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """The embedded world's base, smaller and trained for two seconds: it answers in letters and ends its turn."""
+def small_base(entry, tmp_path_factory):
+    """The base of an embedded world, smaller and trained for two seconds: it answers and ends its turn."""
     import world
 
     directory = str(tmp_path_factory.mktemp("world") / "base")
-    small = dataclasses.replace(world.OPERATIONS, steps=150, width=48, layers=2, mlp=96, batch=32)
-    world.train_base(directory, small, "cpu")
+    world.train_base(directory, dataclasses.replace(entry, steps=150, width=48, layers=2, mlp=96, batch=32), "cpu")
     return directory
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A base that answers in letters."""
+    import world
+
+    return small_base(world.OPERATIONS, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def circle(tmp_path_factory):
+    """A base of the intransitive world, which answers in styles."""
+    import world
+
+    return small_base(world.INTRANSITIVE, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

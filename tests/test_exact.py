@@ -20,7 +20,6 @@ from chat import load_checkpoint
 from conftest import is_png
 from run import UserError
 from test_lsp import SMALL, argv
-from test_sppo import circle                # a fixture
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -1157,15 +1157,6 @@ def test_a_table_of_held_out_prompts_is_refused(base, part):
 # the intransitive world
 
 
-@pytest.fixture(scope="module")
-def circle(tmp_path_factory):
-    """The intransitive world's base, smaller and trained for two seconds."""
-    directory = str(tmp_path_factory.mktemp("circle") / "base")
-    small = dataclasses.replace(world.INTRANSITIVE, steps=150, width=48, layers=2, mlp=96, batch=32)
-    world.train_base(directory, small, "cpu")
-    return directory
-
-
 @pytest.mark.pictures
 def test_a_run_in_the_intransitive_world(circle, capsys):
     """Its summary says which styles are played; from there come the table, the picture and the exact iterates."""
