@@ -152,7 +152,7 @@ class Settings(challenger.Settings):
         f"rests beside the equilibrium [{MAGNET['magnet_every']}]", at_least=0)
     eta: float | None = flag(None,
         "eta, step size of multiplicative weights in (4.1); targets are eta (Phat - 1/2); another for each --loss, and "
-        "in intransitive for --self-play optimistic (3) and magnetic (3.3)", above=0)
+        "in intransitive for --self-play optimistic (3) and magnetic (3.3, --lr 1e-3)", above=0)
     beta: float | None = flag(None,
         "beta of DPO, and of IPO, whose margin is 1/(2 beta); another for each --loss", above=0)
     lr: float | None = flag(None, "peak learning rate (section 5.1: 5e-7); another for each --loss", above=0)

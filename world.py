@@ -490,7 +490,7 @@ INTRANSITIVE = World(
     styles=(0.45, 0.25, 0.3),
     sppo=OPERATIONS.sppo | dict(iterations=40, prompts_per_iteration=1024, batch_size=32, keep="last",
                                 test_prompts=1000, print_every=32),
-    self_play={"optimistic": dict(eta=3.0), "magnetic": dict(eta=3.3)},
+    self_play={"optimistic": dict(eta=3.0), "magnetic": dict(eta=3.3, lr=1e-3)},
     sppo_loss={"sppo": dict(eta=2.0, lr=5e-4, epochs=1, all_responses=True),
                "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=1),
                "dpo": dict(beta=1.0, lr=2e-4, epochs=1), "ipo": dict(beta=0.5, lr=5e-4, epochs=1)})
