@@ -2,7 +2,7 @@
 
     gsm8k      the number that the answer ends at            gsm8k_answer
     math       what stands in its last \\boxed{}             boxed; math_value, for one value is written in many ways
-    humaneval  a program that passes the problem's tests     humaneval_program; passes, which runs it
+    humaneval  a program that passes the problem's tests     humaneval_program; programs.passes, which runs it
 
 The figure is the share of answers that are right, for HumanEval pass@k, in percent; several answers to one question
 count as one problem. A rule that is too strict or too lax moves every figure, so each is written out here with an
@@ -19,10 +19,6 @@ import fractions
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
 import typing
 import warnings
@@ -31,6 +27,7 @@ from math import isnan, prod        # the name `math` is the reward's
 import torch
 
 import run
+from benchmarks import programs
 from chat import THINKING, read_rows, without_thinking
 from winrate import mean_and_error
 
@@ -368,7 +365,7 @@ gsm8k.bounds = math.bounds = (0, 1)
 
 
 def humaneval_program(problem, text):
-    """The source that tests an answer to a HumanEval problem {prompt, test, entry_point}; None if nothing in it parses.
+    """The program in an answer to a HumanEval problem {prompt, test, entry_point}; None if nothing in it parses.
 
     The code is the first ```python block that defines the function, else the first block, else the text from its first
     line of code on; a block that stands in a list loses the list's indentation. Where it defines the function itself it
@@ -380,7 +377,7 @@ def humaneval_program(problem, text):
         text = without_thinking(text)
     for source in _possible_sources(problem, text):
         if _compiles(source):
-            return f"{source}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+            return source
     return None
 
 
@@ -443,52 +440,6 @@ def pass_at_k(n, c, k):
     return 1.0 - prod(1 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
 
 
-PASSED = 97     # the exit status that means "all tests passed": sys.exit(0) in an answer must not
-RUNNER = f"""
-import os, sys
-try:
-    import resource
-except ImportError:
-    resource = None
-for name, most in dict(CPU=10, AS=4 << 30, FSIZE=1 << 20, NPROC=0, CORE=0).items():     # s, bytes, bytes, number, bytes
-    try:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-    except (AttributeError, ValueError, OSError):                                       # not on this system
-        pass
-with open("program.py", encoding="utf-8") as file:
-    source = file.read()
-exec(compile(source, "program.py", "exec"), {{"__name__": "program"}})
-os._exit({PASSED})
-"""
-
-
-def passes(source, seconds=10.0):
-    """Run generated code in a process of its own: True if it comes to its end within `seconds` of wall-clock time.
-
-    An isolated interpreter (-I, no environment) in a fresh directory and a session of its own, without input, its
-    output discarded; at most 10 s of CPU, 4 GiB of memory, files of 1 MiB and no child processes, where the system has
-    such limits; the whole process group is killed at the end. This guards against accidents. It is NOT a sandbox: the
-    code can read what you can read, reach the network, write elsewhere, leave the group by a setsid of its own, and as
-    root it can fork. Run it in a container without network, as a user who owns nothing.
-    """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        with open(os.path.join(directory, "program.py"), "w", encoding="utf-8") as file:
-            file.write(source)
-        process = subprocess.Popen([sys.executable, "-I", "-c", RUNNER], cwd=directory, start_new_session=True,
-                                   env={"HOME": directory, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            return process.wait(seconds) == PASSED
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):       # nobody is left (macOS says the latter)
-                pass
-            process.wait()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
@@ -508,6 +459,7 @@ class VerifySettings:
                               "as the answer, null without one; humaneval: the program), right")
     allow_code_execution: bool = run.flag(False, "humaneval: run the generated code on this machine, in processes with "
                                                  "limits but no sandbox (use a container)")
+    as_root: bool = run.flag(False, "humaneval: run it as root too, whom no limit on processes binds")
     json: bool = run.flag(False, "print the figures as one JSON object")
 
 
@@ -546,6 +498,11 @@ def _check(args):
     if args.task == "humaneval" and not args.allow_code_execution:
         raise run.UserError("--task humaneval runs generated code on this machine, outside any sandbox; give "
                             "--allow-code-execution, best in a container without network")
+    if args.task == "humaneval" and not args.as_root and hasattr(os, "geteuid") and os.geteuid() == 0:
+        raise run.UserError("--task humaneval runs generated code, and you are root; be a user who owns nothing, or "
+                            "give --as-root too")
+    if args.as_root and args.task != "humaneval":
+        raise run.UserError(f"--as-root is for --task humaneval, and {args.task} runs no code; leave it out")
     if args.task != "humaneval" and args.allow_code_execution:
         raise run.UserError(f"--allow-code-execution is for --task humaneval, and {args.task} runs no code; leave it "
                             "out")
@@ -645,10 +602,15 @@ def math_verify_marks():
 
 def _run_programs(problems):
     """For each problem the Marks of its answers; nothing is read where nothing in the answer parses."""
-    sources = [humaneval_program(problem.reference, text) for problem in problems for text in problem.texts]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:     # each thread only waits for its process
-        running = pool.map(lambda source: Mark(source, source is not None and passes(source)), sources)
-        marks = iter(list(run.progress(running, "running", len(sources))))
+    tried = [(humaneval_program(problem.reference, text), problem.reference)
+             for problem in problems for text in problem.texts]
+
+    def mark(source, reference):
+        return Mark(source, source is not None and programs.passes(source, reference))
+
+    # each thread only waits for its processes
+    with programs.guarded(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        marks = iter(list(run.progress(pool.map(mark, *zip(*tried)), "running", len(tried))))
     return [[next(marks) for _ in problem.texts] for problem in problems]
 
 

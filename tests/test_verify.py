@@ -1,5 +1,6 @@
 """eval.py verify: GSM8K's and MATH's rules case by case, HumanEval's programs, generated code under its limits."""
 
+import ctypes
 import json
 import math
 import os
@@ -11,9 +12,9 @@ import types
 import pytest
 
 import eval
-from benchmarks import verify as checks
+from benchmarks import programs, verify as checks
 from benchmarks.verify import (MATH_RULES, boxed, gsm8k_answer, humaneval_program, mark_answer, math_value, pass_at_k,
-                               passes, same_value)
+                               same_value)
 from run import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -185,32 +186,82 @@ WRONG = {"wrong": "    return 3 * r * r\n", "leaves early": "    import sys\n   
 
 
 def test_programs():
-    programs = {name: humaneval_program(PROBLEM, text) for name, text in {**RIGHT, **WRONG}.items()}
-    assert all(programs.values())
+    found = {name: humaneval_program(PROBLEM, text) for name, text in {**RIGHT, **WRONG}.items()}
+    assert all(found.values())
     started = time.monotonic()
     expected = dict.fromkeys(RIGHT, True) | dict.fromkeys(WRONG, False)
-    assert {name: passes(source) for name, source in programs.items()} == expected
+    assert {name: programs.passes(source, PROBLEM) for name, source in found.items()} == expected
     assert time.monotonic() - started < 20
     for text in ("", "  \n", "I cannot.", "```python\nreturn (\n```", "    return '\ud800'", "    return 0\0",
                  f"Here it is:\n{WHOLE.rstrip()} * (", f"<think>{WHOLE}"):
         assert humaneval_program(PROBLEM, text) is None
 
 
+def plays(body, value=None, seconds=10.0):
+    """Does a program with this text pass if its function `f` has to return `value`?"""
+    test = f"def check(candidate):\n    assert candidate(1) == {value!r}\n"
+    return programs.passes(body, {"prompt": "def f(x):\n", "entry_point": "f", "test": test}, seconds)
+
+
 def test_generated_code_is_bounded_and_leaves_nothing():
-    """Time, memory, file size; its own directory; no environment; its children end with it."""
-    started = time.monotonic()
-    assert not passes("while True: pass", seconds=0.5)
-    assert not passes("import time; time.sleep(60)", seconds=0.5) and time.monotonic() - started < 5
-    assert not passes("x = bytearray(6 << 30)")
-    assert not passes("open('big', 'w').write('x' * (2 << 20))")
-    assert passes("import os, sys\nassert os.listdir() == ['program.py'] and 'PATH' not in os.environ\n"
-                       "assert sys.flags.isolated and os.getcwd() != " + repr(os.getcwd()))
-    assert passes("import time; print('x' * 10**6)")               # nobody reads it, nobody waits for a reader
+    """Time, memory, file size; its own directory; no environment; its children end with it, in whatever session."""
+    started, done = time.monotonic(), "\ndef f(x): return x"
+    assert not plays("while True: pass" + done, 1, 0.5)
+    assert not plays("import time\ndef f(x): time.sleep(60)", None, 0.5) and time.monotonic() - started < 5
+    assert not plays("x = bytearray(6 << 30)" + done, 1)
+    assert not plays("open('big', 'w').write('x' * (2 << 20))" + done, 1)
+    assert plays("import os, sys\ndef f(x): return (os.listdir(), 'PATH' in os.environ, sys.flags.isolated, "
+                 f"os.getcwd() != {os.getcwd()!r})", ([], False, 1, True))
+    assert plays("print('x' * 10**6)" + done, 1)                    # nobody reads it, nobody waits for a reader
     late = f"import time; time.sleep(1); open({os.getcwd() + '/late'!r}, 'w')"
-    assert passes("import subprocess, sys\ntry:\n"
-                       f"    subprocess.Popen([sys.executable, '-c', {late!r}])\nexcept OSError:\n    pass")
+    assert plays(f"import subprocess, sys\ntry:\n    subprocess.Popen([sys.executable, '-c', {late!r}], "
+                 "start_new_session=True)\nexcept OSError:\n    pass" + done, 1)
+    with programs.guarded():                                        # who kills the tester fails, and is found too
+        assert not plays(f"import os, signal, subprocess, sys, time\ndef f(x):\n    os.setsid()\n"
+                         f"    os.kill(os.getppid(), signal.SIGKILL)\n    {late}", 1)
     time.sleep(1.5)
     assert os.listdir() == []
+
+
+CHEATS = {
+    "equals everything": "class A:\n    __eq__ = lambda a, b: True\n    __hash__ = None\ndef f(x): return A()",
+    "in a list": "class A(list):\n    __eq__ = lambda a, b: True\ndef f(x): return A()",
+    "a number that is near all": "class A(float):\n    __eq__ = __le__ = lambda a, b: True\ndef f(x): return A(5)",
+    "other builtins": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.__import__ = None\ndef f(x): return 5",
+    "another check": "import sys\nfor m in list(sys.modules.values()): m.check = lambda f: 0\ndef f(x): return 5",
+    "leaves": "import sys\nsys.exit(0)", "leaves hard": "import os\ndef f(x): os._exit(0)",
+    "speaks for the tester": "import os\nfor n in range(3, 9):\n    try: os.write(n, b'returned 7\\n')\n"
+                             "    except OSError: pass\ndef f(x): return 5",
+    "no value": "def f(x): return f", "deep": "def f(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y",
+    "itself": "def f(x):\n    y = []\n    y.append(y)\n    return y", "huge": "def f(x): return 'x' * (20 << 20)",
+    "two lines": "def f(x): return '\\nreturned 42'", "not a number": "def f(x): return float('nan')"}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_program_that_only_seems_right(name):
+    problem = {"prompt": "def f(x):\n", "entry_point": "f",
+               "test": "def check(candidate):\n    assert abs(candidate(1) - 42) < 1e-6 or candidate(1) == 42\n"}
+    assert not programs.passes(CHEATS[name], problem)
+
+
+def test_values_travel_as_they_are():
+    """Out and back: plain ones, those derived from them, numpy's where it is installed, and infinity."""
+    rows = [1, -2.5, True, None, "a'\n\\", b"x", [1, [2]], (3,), {"k": (None, 2)}, {1, 2}, set(), 1e300, 3j, 10**30]
+    assert all(plays(f"def f(x): return {value!r}", value) for value in rows)
+    assert plays("import collections, enum, fractions\nP = collections.namedtuple('P', 'a b')\n"
+                 "def f(x): return [P(1, 2), collections.Counter('aab'), enum.IntEnum('E', 'a').a, "
+                 "fractions.Fraction(1, 2), frozenset([1])]", [(1, 2), {"a": 2, "b": 1}, 1, 0.5, {1}])
+    assert programs.passes("def f(x, *, y): return [x, y, -y]", {
+        "prompt": "def f(x, *, y):\n    1\n", "entry_point": "f", "test":
+            "def check(candidate):\n    y = float('inf')\n    assert candidate((1, {2}), y=y) == [(1, {2}), y, -y]\n"
+            "    try:\n        candidate(None, y='')\n    except TypeError:\n        return\n    assert 0"})
+
+
+def test_nobody_reads_the_environment_meanwhile():
+    get = 3                                 # prctl's number for asking
+    with programs.guarded():
+        private = ctypes.CDLL(None).prctl(get, 0, 0, 0, 0) if sys.platform == "linux" else 0
+    assert private == 0 and (sys.platform != "linux" or ctypes.CDLL(None).prctl(get, 0, 0, 0, 0) == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,12 +314,12 @@ def test_verify_math_and_humaneval(capsys):
                       {"task_id": "H/1", "completion": "    return (\n"},
                       {"task_id": "H/1", "completion": WRONG["raises"]}])
     text = verify(capsys, "--task", "humaneval", "--answers", "h.jsonl", "--references", "refs.jsonl",
-                  "--allow-code-execution")
+                  "--allow-code-execution", "--as-root")
     assert text.startswith("humaneval, h.jsonl: pass@1 25.00 % ±25.00 over 2 problems, 4 answers")
     assert "nothing that parses in 1" in text
     write("h.jsonl", [{"task_id": "H/0", "completion": [BODY] + ["    return r\n"] * 9}])
     row = json.loads(verify(capsys, "--task", "humaneval", "--answers", "h.jsonl", "--references", "refs.jsonl",
-                            "--allow-code-execution", "--json"))
+                            "--allow-code-execution", "--as-root", "--json"))
     assert row["pass@1"] == pytest.approx(10) and row["pass@10"] == 100 and "pass@100" not in row
 
 
@@ -292,7 +343,7 @@ def test_marks(capsys):
     assert marks_of(capsys, rows, "--task", "math") == [
         {"problem": "line 1", "sample": 0, "read": r"\dfrac{1}{2}", "right": True}]
     rows = [{**PROBLEM, "task_id": "H/0", "output": [BODY, "    return r\n", "    return ("]}]
-    found = marks_of(capsys, rows, "--task", "humaneval", "--allow-code-execution")
+    found = marks_of(capsys, rows, "--task", "humaneval", "--allow-code-execution", "--as-root")
     assert [(row["problem"], row["right"]) for row in found] == [("H/0", True), ("H/0", False), ("H/0", False)]
     assert found[0]["read"] == humaneval_program(PROBLEM, BODY) and found[2]["read"] is None
 
@@ -318,7 +369,7 @@ def test_marks_do_not_replace_what_is_checked():
 def test_columns_with_the_answer(capsys):
     """`completion` beside `output`: humaneval's own column is read for humaneval; an empty column is none."""
     both = [{**PROBLEM, "output": "I explain first.", "completion": BODY}]
-    flags = ["--task", "humaneval", "--allow-code-execution"]
+    flags = ["--task", "humaneval", "--allow-code-execution", "--as-root"]
     assert marks_of(capsys, both, *flags)[0]["right"] is True
     assert marks_of(capsys, [{**PROBLEM, "output": BODY, "completion": None}], *flags)[0]["right"] is True
     assert marks_of(capsys, [{**GOOD, "output": "1", "completion": "2"}])[0]["read"] == "1"
@@ -401,10 +452,16 @@ def test_help_names_the_command(capsys):
 
 
 def test_no_code_runs_unasked(monkeypatch):
-    monkeypatch.setattr("benchmarks.verify.passes", None)
+    monkeypatch.setattr(programs, "passes", None)
     write("h.jsonl", [{**PROBLEM, "output": BODY}])
+    ask = ["verify", "--task", "humaneval", "--answers", "h.jsonl"]
     with pytest.raises(UserError, match="--allow-code-execution"):
-        eval.main(["verify", "--task", "humaneval", "--answers", "h.jsonl"])
+        eval.main(ask)
+    monkeypatch.setattr(os, "geteuid", lambda: 0, raising=False)
+    with pytest.raises(UserError, match="you are root; .* or give --as-root too"):
+        eval.main([*ask, "--allow-code-execution"])
+    with pytest.raises(UserError, match="--as-root is for --task humaneval"):
+        eval.main(["verify", "--answers", "h.jsonl", "--as-root"])
 
 
 GOOD = {"prompt": "p", "answer": "1", "output": "1"}
@@ -422,7 +479,8 @@ GOOD = {"prompt": "p", "answer": "1", "output": "1"}
     ([{"prompt": "p", "output": "1"}], "--answers a.jsonl", "line 1: no reference.*answer or reference or solution"),
     ([{**GOOD, "prompt": "q"}], "--answers a.jsonl --references r.jsonl", "line 1: --references r.jsonl holds neither"),
     ([GOOD], "--answers a.jsonl --references nowhere.jsonl", "--references nowhere.jsonl cannot be read"),
-    ([GOOD], "--answers a.jsonl --task humaneval --allow-code-execution", "prompt and test and entry_point"),
+    ([GOOD], "--answers a.jsonl --task humaneval --allow-code-execution --as-root",
+     "prompt and test and entry_point"),
     ([GOOD], "--answers a.jsonl --task math --allow-code-execution", "leave it out"),
     ([{**GOOD, "answer": None, "solution": "It is 5."}], "--answers a.jsonl --task math",
      "its reference holds no answer"),
