@@ -120,7 +120,8 @@ class World:
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
-    # what random_query is told for the queries that the corpus shows to the Challenger's mode; {} = the ordinary ones
+    # what random_query is told for the queries that the corpus shows to the Challenger's mode; {} = the ordinary ones.
+    # `share` says how many of them are such, if not all
     asks: dict = dataclasses.field(default_factory=dict)
     # kinds of queries harder than the ordinary ones: what random_query is told. Tables have a column for each
     harder: dict = dataclasses.field(default_factory=dict)
@@ -286,7 +287,10 @@ class World:
         query = self._corpus_query(rng)
         mode = rng.choices(("answer", "challenge", "judge"), self.modes)[0]
         if mode == "challenge" and self.asks:
-            query = self._corpus_query(rng, **self.asks)
+            kind = dict(self.asks)
+            share = kind.pop("share", None)
+            if share is None or rng.random() < share:
+                query = self._corpus_query(rng, **kind)
         junk = {"answer": self.junk_answer, "challenge": self.junk_challenge, "judge": self.junk_judge}
         if rng.random() < junk[mode]:
             query = self._junk(query, rng)
@@ -461,7 +465,7 @@ def accuracy(world, net, tokenizer, prompts, temperature, seeds=0):
 #     word would get on every operation
 #   - pre-training takes about a minute. Fix the constants by these figures, before any self-play result is seen
 # The training settings of `operations` were picked on validation queries (docs/settings.md lists every trial), those of
-# `intransitive` mostly by hand; `narrow` has those of `operations`.
+# `intransitive` mostly by hand; `narrow` and `tilted` have those of `operations`.
 
 OPERATIONS = World(
     harder={"3 ops": dict(count=3), "4 ops": dict(count=4), "weak ops": dict(ops=tuple(MISREAD), shortest=4)},
@@ -478,10 +482,11 @@ OPERATIONS = World(
                 "frontier": dict(reward_scale=12.0, alpha_ch=0.05), "grpo": dict(reward_scale=12.0, alpha_ch=0.0),
                 "frozen": dict(reward_scale=12.0, alpha_ch=0.0)})
 
-# The same, but the corpus shows the Challenger's mode only single operations that the base does well: a Challenger that
-# does not learn has little to ask, so that here its learning can pay.
-NARROW = dataclasses.replace(
-    OPERATIONS, judge="oracle:narrow", asks=dict(count=1, ops=("copy", "reverse", "upper", "swap", "dedupe")))
+# The same, but the corpus shows the Challenger's mode only single operations that the base does well, or nine times in
+# ten: a Challenger that does not learn has little to ask, so that here its learning can pay.
+EASY = dict(count=1, ops=("copy", "reverse", "upper", "swap", "dedupe"))
+NARROW = dataclasses.replace(OPERATIONS, judge="oracle:narrow", asks=EASY)
+TILTED = dataclasses.replace(OPERATIONS, judge="oracle:tilted", asks=EASY | dict(share=0.9))
 
 # Letters right and every answer with a style, at shares that are not yet the equilibrium: all there is to learn is the
 # game.
@@ -495,7 +500,7 @@ INTRANSITIVE = World(
                "sppo-hard": dict(eta=1.0, lr=5e-4, epochs=1),
                "dpo": dict(beta=1.0, lr=2e-4, epochs=1), "ipo": dict(beta=0.5, lr=5e-4, epochs=1)})
 
-WORLDS = {"operations": OPERATIONS, "narrow": NARROW, "intransitive": INTRANSITIVE}
+WORLDS = {"operations": OPERATIONS, "narrow": NARROW, "tilted": TILTED, "intransitive": INTRANSITIVE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,18 @@ def test_styles(answer, style):
     assert world.style(answer) == style
 
 
+@pytest.mark.parametrize("name, others", [("narrow", 0.0), ("tilted", 0.1)])
+def test_what_the_corpus_shows_the_challenger(name, others):
+    """Single easy operations, or nine times in ten. Of the ordinary queries half have more operations than one."""
+    spoken, rng = world.WORLDS[name], random.Random(0)
+    shown = [query for prompt, query in (spoken.corpus_row(rng) for _ in range(20000)) if prompt == world.CHALLENGE]
+    parsed = [ops for ops, _ in filter(None, map(spoken.parse, shown))]
+    easy = [ops for ops in parsed if len(ops) == 1 and ops[0] in world.EASY["ops"]]
+    assert set(sum(map(list, easy), [])) == set(world.EASY["ops"])
+    more, n = sum(len(ops) > 1 for ops in parsed), len(parsed)
+    assert abs(more - others / 2 * n) <= 5 * math.sqrt(n * others / 2)
+
+
 def test_style_shares():
     """Among the answers that have a style; without any, zeros."""
     assert world.style_shares(["a0", "b2", "ab2", "c1", "x", "12", "d2"]) == [0.2, 0.2, 0.6]
