@@ -526,7 +526,7 @@ class Chat:
         stop = net.generation.get("eos_token_id", net.config.raw.get("eos_token_id"))
         stop = set(stop) if isinstance(stop, list) else {stop}
         self.stop_ids = tuple(sorted((stop | {self.tokenizer.eos_token_id}) - {None}))
-        self.context = net.config.max_positions
+        self.context, self.vocabulary = net.config.max_positions, net.config.vocab_size
         self.template = Template(self.tokenizer, path, options)
         self.plain = self.template.plain                    # text -> text that poses as no turn
         self.special_ids = set(self.tokenizer.all_special_ids)

@@ -313,7 +313,7 @@ def sampled(t, job):
     play also K of pi_{t-1}, of which the texts are enough, to be judged beside the others."""
     args, path, begun = job.args, job.record.path(f"table-{t}.jsonl"), begun_files(t, job.record)
     if os.path.exists(path):
-        return read_table(path, args.stage == "train", args.all_responses)
+        return read_table(path, args.stage == "train", args.all_responses, job.chat)
     rows = drawn(t, t, begun[0], job)
     if args.self_play == "optimistic" and t > 1:
         before = drawn(t - 1, t, begun[1], job)

@@ -104,10 +104,11 @@ def readable_row(row):
     return {"prompt": prompt_in(row), "responses": texts, "phat": [round(p, 4) for p in wins]}
 
 
-def read_table(path, judged=False, all_responses=False):
+def read_table(path, judged=False, all_responses=False, chat=None):
     """The rows of a table: this file's, or the official code's columns `generate_k`, or `chosen` and `rejected`.
 
-    judged: they must hold a judge's verdicts too. Raises UserError, naming file and line, for what cannot be used.
+    judged: they must hold a judge's verdicts too. chat: whose ids the rows hold, if they hold any; None where they are
+    not used. Raises UserError, naming file and line, for what cannot be used.
     """
     rows = []
     try:
@@ -120,11 +121,13 @@ def read_table(path, judged=False, all_responses=False):
         try:
             if line.strip():
                 rows.append(_table_row(json.loads(line), judged, all_responses))
+                _check_ids(rows[-1], chat)
                 if len(answer_texts(rows[-1])) != len(answer_texts(rows[0])):
                     raise ValueError("every row needs as many answers as the first")
-                if ("answers_before" in rows[-1]) != ("answers_before" in rows[0]):
-                    raise ValueError("answers_before stands in some rows alone")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                for name in ("answers_before", "prompt_ids", "tokens", "finish"):
+                    if (name in rows[-1]) != (name in rows[0]):
+                        raise ValueError(f"{name} stands in some rows alone")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise run.UserError(f"--table {path}, line {i + 1}: {_reason(error, judged)}") from None
     if not rows:
         raise run.UserError(f"--table {path} holds no rows; give the .jsonl that --stage sample or judge wrote")
@@ -156,21 +159,48 @@ def _table_row(row, judged, all_responses):
     elif all_responses:
         row["probability"]
     if "probability" in row:
-        P = torch.tensor(row["probability"], dtype=torch.float32)
-        if P.shape != (K, K) or not ((P >= 0) & (P <= 1)).all():
-            raise ValueError(f"probability is no {K} x {K} matrix of numbers in [0, 1]")
+        P = _shares("probability", row["probability"], K, K)
+        if float((P + P.T - 1).abs().max()) > 0.01:         # its diagonal is 1/2 by that; some tables are rounded
+            raise ValueError("probability has two answers whose chances to win do not add up to 1")
         row |= {name: value for name, value in verdict_columns(row, P).items() if name not in row}
     texts = row.get("answers_before", [""] * K)
     if not isinstance(texts, list) or len(texts) != K or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"answers_before is no list of {K} texts")
-    wins = torch.tensor(row.get("probability_before", [0.5] * K), dtype=torch.float32)
-    if wins.shape != (K,) or not ((wins >= 0) & (wins <= 1)).all():
-        raise ValueError(f"probability_before is no list of {K} numbers in [0, 1]")
+    if "probability_before" in row:
+        _shares("probability_before", row["probability_before"], K)
     for name in ("chosen_probs_win", "chosen_probs_lose") if judged else ():
         row["chosen"], row["rejected"]
-        if not isinstance(row[name], (int, float)) or not 0 <= row[name] <= 1:
-            raise ValueError(f"{name} {row[name]} is not in [0, 1]")
+        if type(row[name]) not in (int, float) or not 0 <= row[name] <= 1:
+            raise ValueError(f"{name} {str(row[name])[:40]} is not in [0, 1]")
     return row
+
+
+def _shares(name, values, *shape):
+    """A column of numbers in [0, 1] as a float32 tensor of this shape; raises ValueError for anything else."""
+    try:
+        found = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):        # what is no number, not even, or has 400 digits
+        found = torch.zeros(0)
+    if found.shape != shape or not ((found >= 0) & (found <= 1)).all():
+        what = f"list of {shape[0]}" if len(shape) == 1 else f"{shape[0]} x {shape[1]} matrix of"
+        raise ValueError(f"{name} is no {what} numbers in [0, 1]")
+    return found.float()
+
+
+def _check_ids(row, chat):
+    """Raises ValueError where the ids that a row holds are not those of its K answers, or not of this model."""
+    if "tokens" not in row:
+        return
+    K, lists = len(answer_texts(row)), [row["prompt_ids"], *row["tokens"]]
+    if len(row["tokens"]) != K or len(row["finish"]) != K or not set(row["finish"]) <= {"stop", "length"}:
+        raise ValueError(f"tokens and finish are no lists of {K}, finish of the words stop and length")
+    for ids in lists:
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError("prompt_ids or tokens has a list that is empty, or holds what is no id of a token")
+    if chat is not None and max(map(max, lists)) >= chat.vocabulary:
+        raise ValueError(f"an id is beyond the model's {chat.vocabulary} tokens")
+    if chat is not None and len(lists[0]) + max(map(len, lists[1:])) > chat.context:
+        raise ValueError(f"prompt and answer are longer than the model's context of {chat.context} tokens")
 
 
 def _reason(error, judged):
@@ -178,8 +208,8 @@ def _reason(error, judged):
         return f"no column {error.args[0]}; judge the table first (--stage judge)"
     if isinstance(error, KeyError):
         return f"no column {error.args[0]}; a table has prompt and generate_0 ..., or chosen and rejected"
-    if isinstance(error, json.JSONDecodeError):
-        return f"malformed JSON ({error.msg}); mend or remove the line"
+    if isinstance(error, (json.JSONDecodeError, RecursionError)):
+        return f"malformed JSON ({getattr(error, 'msg', 'nested too deeply')}); mend or remove the line"
     return f"{error}; make the table again" if type(error) is ValueError else (
         "prompt must be a text or a list of turns, and generate_k, chosen and rejected those turns and one by the "
         "assistant, as lists of {role, content} (or the answer's text alone); make the table again")
@@ -354,6 +384,11 @@ def check_training_rows(rows, args, chat, *held_out):
     if any(map(challenger.kept_for_evaluation(args, *held_out), map(prompt_in, rows))):
         raise run.UserError(f"{table} holds prompts that --prompts or --world sets aside for validation or test; leave "
                             "them out" + ("" if args.world else ", or give --keep last"))
+    for number, row in enumerate(rows, 1):
+        try:
+            _check_ids(row, chat)
+        except ValueError as error:
+            raise run.UserError(f"{table}, row {number}: {error}; make the table again") from None
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
     begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))

@@ -319,6 +319,9 @@ ROW = {"prompt": "a", "generate_0": "x", "generate_1": "y", "probability": [[0.5
 PAIR = {"prompt": "a", "chosen": "x", "rejected": "y", "chosen_probs_win": 0.7, "chosen_probs_lose": 0.2}
 
 
+IDS = ROW | {"prompt_ids": [4, 5], "tokens": [[6, 2], [7, 2]], "finish": ["stop", "length"]}
+
+
 def without(row, *names):
     return {name: value for name, value in row.items() if name not in names}
 
@@ -338,7 +341,25 @@ def without(row, *names):
     ([PAIR | {"chosen": []}], "line 1: "), ([PAIR | {"rejected": [{"role": "user"}]}], "line 1: "),
     ([PAIR | {"rejected": [{"role": "assistant", "content": None}]}], "line 1: "),
     ([PAIR | {"prompt": 3}], "line 1: "),
-    ([ROW, ROW, ROW | {"generate_2": "z", "probability": [[0.5] * 3] * 3}], "line 3")])
+    ([ROW, ROW, ROW | {"generate_2": "z", "probability": [[0.5] * 3] * 3}], "line 3"),
+    ([ROW | {"probability": [[0.5, 0.7], [0.7, 0.5]]}], "line 1: probability has two answers whose chances"),
+    ([ROW | {"probability": [[0.9, 0.7], [0.3, 0.5]]}], "line 1: probability has two answers whose chances"),
+    ([ROW | {"probability": [[0.5, 10**400], [0.3, 0.5]]}], "line 1: probability is no 2 x 2 matrix"),
+    ([ROW | {"probability": [[0.5, None], [0.3, 0.5]]}], "line 1: probability is no 2 x 2 matrix"),
+    ([ROW | {"probability": {}}], "line 1: probability is no 2 x 2 matrix"),
+    ([PAIR | {"chosen_probs_win": True}], "chosen_probs_win True is not"),
+    ([PAIR | {"chosen_probs_win": 10**400}], "chosen_probs_win 1000"),
+    (json.dumps(ROW) + "\n" + "[" * 10**5, "line 2: malformed JSON (nested too deeply)"),
+    ([ROW, IDS], "line 2: prompt_ids stands in some rows alone"),
+    ([IDS | {"tokens": [[5]]}], "line 1: tokens and finish are no lists of 2"),
+    ([IDS | {"tokens": 7}], "line 1: "), ([IDS | {"finish": ["stop", "end"]}], "of the words stop and length"),
+    ([without(IDS, "finish")], "line 1: no column finish"), ([IDS | {"finish": [["stop"], "stop"]}], "line 1: "),
+    ([IDS | {"tokens": [[5], []]}], "line 1: prompt_ids or tokens has a list that is empty"),
+    ([IDS | {"tokens": [[5], [5.0]]}], "what is no id of a token"), ([IDS | {"tokens": [[5], [True]]}], "no id of a"),
+    ([IDS | {"prompt_ids": [-1]}], "what is no id of a token"), ([IDS | {"prompt_ids": "ab"}], "list that is empty"),
+    ([IDS | {"prompt_ids": []}], "list that is empty"),
+    ([IDS, IDS | {"prompt_ids": [10**6]}], "row 2: an id is beyond the model's"),
+    ([IDS | {"tokens": [[5] * 5000, [6]]}], "row 1: prompt and answer are longer than the model's context of")])
 def test_tables(real, complaint, text, says):
     if text is not None:
         written("table.jsonl", text if isinstance(text, str) else "".join(json.dumps(row) + "\n" for row in text))
