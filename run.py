@@ -396,14 +396,14 @@ def rename_on_rank_0(path, name):
 def read_json(path):
     """The JSON object in `path`. Raises UserError where there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:         # a file from Windows may begin with a mark
             value = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a directory that holds it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short: make or download it again") from None
+    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
+        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); it may be cut short: make or download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; make or download it again")
     return value

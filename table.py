@@ -24,7 +24,7 @@ import torch
 import challenger
 import kernels
 import run
-from chat import Prompt, answer_limit, as_turn, stored, turns_of, without_thinking
+from chat import Prompt, answer_limit, as_turn, read_text, stored, turns_of, without_thinking
 
 VERDICTS = ("probability", "rm_scores", "chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose",
             "probability_before")
@@ -111,13 +111,7 @@ def read_table(path, judged=False, all_responses=False, chat=None):
     not used. Raises UserError, naming file and line, for what cannot be used.
     """
     rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise run.UserError(f"--table {path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
-                        "give the .jsonl that --stage sample or judge wrote") from None
-    for i, line in enumerate(lines):
+    for i, line in enumerate(read_text("--table", path).split("\n")):
         try:
             if line.strip():
                 rows.append(_table_row(json.loads(line), judged, all_responses))
