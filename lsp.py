@@ -636,7 +636,7 @@ def settle(args):
             raise run.UserError(f"--world {name} has no settings for {paid}; add them to lsp_reward in world.WORLDS")
         defaults = spoken.lsp | spoken.lsp_reward[paid]
     if args.gradient_accumulation > 0:
-        passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        passes = args.gradient_accumulation * run.set_by_torchrun("WORLD_SIZE", 1)
         args = dataclasses.replace(args, micro_batch=math.ceil((args.queries or defaults["queries"]) / passes))
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 

@@ -87,6 +87,8 @@ def check(settings):
         bounds = {"at least": limits.get("at_least"), "above": limits.get("above"), "at most": limits.get("at_most")}
         kept = {"at least": lambda b: value >= b, "above": lambda b: value > b, "at most": lambda b: value <= b}
         bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+        if isinstance(value, int) and not -2**63 <= value < 2**63:
+            raise UserError(f"{name} {value} must fit into 64 bits")
         if not math.isfinite(value):
             raise UserError(f"{name} {value} must be a finite number")
         if not all(kept[word](bound) for word, bound in bounds.items()):
@@ -128,8 +130,14 @@ class NoSettings:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one sentence, without the page of usage that argparse puts before it
-        print(f"error: {message}; --help lists the flags", file=sys.stderr)
+        print(f"error: {_shortened(message)}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
+
+
+def _shortened(message):
+    """A message of at most 300 characters, its middle left out where it is longer: a value may be as long as somebody
+    likes, and the remedy stands at the end."""
+    return message if len(message) <= 300 else f"{message[:140]} ... {message[-155:]}"
 
 
 def parse(settings_class, argv, description, presets=None, defaults=None):
@@ -184,7 +192,7 @@ def main(function):
     try:
         function(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shortened(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: a training run goes on from its last saved state with the same command and --resume",
@@ -222,12 +230,23 @@ def device_and_dtype(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
+def set_by_torchrun(name, default=None):
+    """The number in one of the environment variables by which torchrun tells each process who it is. Raises UserError
+    where it holds something else."""
+    text = os.environ.get(name, default)
+    if not str(text).isdecimal():
+        raise UserError(f"the environment variable {name} is {text}, no number; start with torchrun, or unset RANK and "
+                        "WORLD_SIZE")
+    return int(text)
+
+
 def init_ranks(device):
     """(rank, number of ranks, this rank's device). One process unless torchrun started us."""
     if "RANK" not in os.environ:
         return 0, 1, device
+    number = {name: set_by_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", number["LOCAL_RANK"])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # ranks wait for the slowest one's sampling, which can take far longer than the default's ten minutes
@@ -403,7 +422,8 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
-        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); it may be cut short: make or download it again") from None
+        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); it may be cut short: make or download it "
+                        "again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; make or download it again")
     return value

@@ -723,7 +723,7 @@ def settle(args):
     if args.gradient_accumulation > 0 and args.micro_batch is not None:
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
     if args.gradient_accumulation > 0:
-        passes = args.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        passes = args.gradient_accumulation * run.set_by_torchrun("WORLD_SIZE", 1)
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
     if args.prompts != "challenger":            # nobody writes a query
         defaults.pop("max_query_tokens", None)

@@ -196,6 +196,8 @@ class World:
         """`count` distinct queries of one part ("train", "validation", "test", "corpus"), ordinary ones or of a `kind`
         in self.harder. Longer lists extend shorter ones. distinct=False: as they come, short ones again and again;
         else a long list gets harder towards its end, because short ones run out."""
+        if count > 10**6:                                   # looking for more than there are would never end
+            raise run.UserError(f"an embedded world has no {count:,} queries of one part; ask for a million at most")
         rng, found, known = random.Random(f"{part} {seed} {kind}".strip()), [], set()
         while len(found) < count:
             query = self.random_query(rng, **(self.harder[kind] if kind else {}))

@@ -301,6 +301,28 @@ def test_flags_that_do_not_fit_prompts(real, complaint, flags, says):
     assert says in complaint([*real, *flags.split()])
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--seed", str(2**63)], "--seed 9223372036854775808 must fit into 64 bits"),
+    (["--seed", str(-2**63 - 1)], "must fit into 64 bits"), (["--k", "9" * 400], "--k 999"),
+    (["--seed", "9" * 5000], "argument --seed: invalid int value"), (["--eta", "9" * 400], "--eta inf must be a finite"),
+    (["--seed", "1.5"], "invalid int value: '1.5'"), (["--test-prompts", "1000001"], "no 1,000,001 queries of one part"),
+    (["--model", "x" * 2000], "xxx ... xxx"), (["--no-such-" + "y" * 500, "1"], "yyy ... ")])
+def test_numbers_and_names_without_end(tiny, complaint, flags, says):
+    line = complaint([*tiny, *flags])
+    assert says in line and len(line) < 350
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_what_torchrun_would_have_set(name, tiny, complaint, monkeypatch):
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(other, "0")
+    monkeypatch.setenv(name, "one")
+    assert f"{name} is one, no number; start with torchrun" in complaint(tiny)
+    if name == "WORLD_SIZE":
+        monkeypatch.delenv("RANK")
+        assert f"{name} is one" in complaint([*tiny, "--gradient-accumulation", "2"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # stages and tables
 
