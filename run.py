@@ -749,8 +749,9 @@ class Run:
             state["seconds"] = self._seconds_and_total()
             write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
         barrier()
-        for old in set(glob.glob(self._shard_path("*"))) - {keep}:
-            remove(old)
+        for name in os.listdir(self.path("state")):
+            if re.fullmatch(rf"shard-.*-rank-{self.rank}\.pt", name) and self.path("state", name) != keep:
+                remove(self.path("state", name))
         self.state = None  # loaded once, not kept in memory
 
     def training_state(self, iteration):

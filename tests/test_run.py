@@ -334,6 +334,17 @@ def test_resume_with_another_setting_names_the_flag():
     assert len(lines("r/metrics.jsonl")) == 2  # untouched
 
 
+def test_a_directory_named_like_a_pattern():
+    """Its own old shards go, a neighbour's stay, though "r[1]*" read as a pattern means the neighbour too."""
+    for name in ("r1", "r1-more", "r[1]*"):
+        r = run.Run(name, Settings())
+        for step in (1, 2):
+            r.save_state(iteration=0, step=step, shard={"a": step})
+    for name in ("r1", "r1-more", "r[1]*"):
+        assert sorted(os.listdir(f"{name}/state")) == ["shard-0-2-rank-0.pt", "state.pt"]
+        assert run.Run(name, Settings(), resume=True).training_state(0)["a"] == 2
+
+
 @dataclasses.dataclass
 class Growing(run.CommonSettings):
     """What sppo.py's flags have that may grow."""
