@@ -269,8 +269,8 @@ def test_rm_scores_are_the_official_ones_under_the_aggregate_estimator(hf):
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     path = str(tmp_path / "table.jsonl")
-    rows = [{"prompt": p, **conversations("a", "None\n\nb", prompt=p), "tokens": [[1], [2, 3]]}
-            for p in ("é \u2028 0", "é \u2028 1")]
+    rows = [{"prompt": p, **conversations("a", "None\n\nb", prompt=p), "prompt_ids": [4],
+             "tokens": [[1], [2, 3]], "finish": ["stop", "length"]} for p in ("é \u2028 0", "é \u2028 1")]
     run.write_rows(path, rows)
     assert read_table(path) == rows and answer_texts(rows[0]) == ["a", "None\n\nb"]
     judged = [row | verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]
