@@ -61,7 +61,7 @@ def verdict_columns(row, P):
     """The columns that judging adds to a row: P [K, K] float32, P[i, k] = P(y_i > y_k | x) -> dict.
 
     rm_scores, by which the official code ranks, is the mean log-odds of P over the opponents (each between -13.8 and
-    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i.
+    13.8, where float32 probabilities end): with the aggregate estimator PairRM's score s_i, in optimistic play over 2K.
     """
     wins = kernels.phat(P)                                                      # [K]  Phat(y_i > pi_t | x)
     best, worst = kernels.best_and_worst(wins)
