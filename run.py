@@ -244,9 +244,10 @@ def init_ranks(device):
     """(rank, number of ranks, this rank's device). One process unless torchrun started us."""
     if "RANK" not in os.environ:
         return 0, 1, device
-    number = {name: set_by_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):      # torch reads them itself, and would end in a traceback
+        set_by_torchrun(name)
     if device.type == "cuda":
-        device = torch.device("cuda", number["LOCAL_RANK"])
+        device = torch.device("cuda", set_by_torchrun("LOCAL_RANK"))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # ranks wait for the slowest one's sampling, which can take far longer than the default's ten minutes

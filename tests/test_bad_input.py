@@ -312,9 +312,9 @@ def test_numbers_and_names_without_end(tiny, complaint, flags, says):
     assert says in line and len(line) < 350
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
 def test_what_torchrun_would_have_set(name, tiny, complaint, monkeypatch):
-    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+    for other in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(other, "0")
     monkeypatch.setenv(name, "one")
     assert f"{name} is one, no number; start with torchrun" in complaint(tiny)

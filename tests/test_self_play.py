@@ -344,6 +344,21 @@ def test_a_stage_without_its_second_policy(rule, stage, t, gone, whole, base):
         sppo.main(flags(base, rule, "out", stage=stage, iteration=t, iterations=4))
 
 
+def test_an_iteration_that_is_done_again(whole, base):
+    """What a later iteration holds is of another policy then: its table is refused, its log-probs go."""
+    shutil.copytree(whole("magnetic"), "out")
+    shutil.rmtree("out/iter-1")
+    again = flags(base, "magnetic", "out", stage="train", iteration=1)
+    with pytest.raises(UserError, match="out/table-2.jsonl holds answers of an earlier iter-1, which is about to be made"):
+        sppo.main(again)
+    assert not os.path.exists("out/iter-1")
+    os.remove("out/table-2.jsonl")
+    later = {f"{name}-2.json" for name in ("reference", "magnet")}
+    assert later <= set(os.listdir("out/state"))
+    sppo.main(again)
+    assert os.path.isdir("out/iter-1") and not later & set(os.listdir("out/state"))
+
+
 def test_a_table_without_what_optimistic_play_needs(whole, base):
     """From plain play, in iteration 2; and the official training table, which has no probabilities, in iteration 1."""
     plain = [{name: value for name, value in row.items() if name not in ("answers_before", "probability_before")}
