@@ -26,10 +26,12 @@ import time
 
 import torch
 
+import flags
 import kernels
 import model
 import rollout
 import run
+from flags import flag
 
 
 def seconds(function, device):
@@ -83,11 +85,11 @@ def peak_megabytes(function, device):
 @dataclasses.dataclass
 class KernelSettings:
     """Flags of `python bench.py kernels`."""
-    tokens: int = run.flag(512, "T, tokens scored in one call", at_least=1)
-    hidden: int = run.flag(2048, "H, hidden size (Llama-3.2-1B: 2048)", at_least=1)
-    vocab: int = run.flag(128256, "V, vocabulary (Llama 3: 128256)", at_least=1)
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    tokens: int = flag(512, "T, tokens scored in one call", at_least=1)
+    hidden: int = flag(2048, "H, hidden size (Llama-3.2-1B: 2048)", at_least=1)
+    vocab: int = flag(128256, "V, vocabulary (Llama 3: 128256)", at_least=1)
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
 
 
 def check_kernels(device):
@@ -198,7 +200,7 @@ def _print_table(title, floor, calls, clear, device):
 
 def kernels_command(argv):
     """The sub-command `kernels`."""
-    args = run.parse(KernelSettings, argv, "check linear_logprob against float64, then time it")
+    args = flags.parse(KernelSettings, argv, "check linear_logprob against float64, then time it")
     device, dtype = run.device_and_dtype(args.device, args.dtype)
     check_kernels(device)
     time_kernels(args, dtype, device)
@@ -216,11 +218,11 @@ SIZES = {  # layers, width, query heads, key heads, MLP width, vocabulary
 @dataclasses.dataclass
 class RolloutSettings:
     """Flags of `python bench.py rollout`."""
-    size: str = run.flag("tiny", "random Llama: tiny = 4 layers, width 192; small = 12 layers, width 768, V 32,000",
-                         tuple(SIZES))
-    rounds: int = run.flag(3, "interleaved rounds; the median is printed", at_least=1)
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    size: str = flag("tiny", "random Llama: tiny = 4 layers, width 192; small = 12 layers, width 768, V 32,000",
+                     tuple(SIZES))
+    rounds: int = flag(3, "interleaved rounds; the median is printed", at_least=1)
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
 
 
 def random_llama(size, directory):
@@ -290,7 +292,7 @@ def transformers_generate(hf, prompts, lengths, cache):
 
 def rollout_command(argv):
     """The sub-command `rollout`."""
-    args = run.parse(RolloutSettings, argv, "check rollout.generate, then time it against transformers' generate")
+    args = flags.parse(RolloutSettings, argv, "check rollout.generate, then time it against transformers' generate")
     device, dtype = run.device_and_dtype(args.device, args.dtype)
     import transformers
 

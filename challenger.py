@@ -16,6 +16,7 @@ import rollout
 import run
 import world
 from chat import fill, read_template, shortened, without_thinking
+from flags import flag
 
 # The content of the paper's Box 1. {task} and {template} are filled in; in the template the curly brackets stay, for
 # the Challenger to fill.
@@ -45,11 +46,11 @@ ATTEMPTS = 10                   # how often a query is written while it is one t
 @dataclasses.dataclass
 class Settings(run.CommonSettings):
     """Flags of the scripts in which a Challenger asks."""
-    task: str = run.flag("", "{task} in the Challenger's prompt (the paper, for maths: 'Pure & Applied Mathematics')")
-    template: str = run.flag("", "{template} in the Challenger's prompt; the Challenger fills its names in curly "
-                                 "brackets")
-    challenger_prompt: str = run.flag("", "file with another Challenger's prompt; it may use {task} and {template}")
-    max_query_tokens: int | None = run.flag(None,
+    task: str = flag("", "{task} in the Challenger's prompt (the paper, for maths: 'Pure & Applied Mathematics')")
+    template: str = flag("", "{template} in the Challenger's prompt; the Challenger fills its names in curly "
+                             "brackets")
+    challenger_prompt: str = flag("", "file with another Challenger's prompt; it may use {task} and {template}")
+    max_query_tokens: int | None = flag(None,
         "longest query in tokens; longer ones are cut, used, and counted", at_least=1)
 
 

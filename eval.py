@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 
+import flags
 import games
 import plots
 import prefmodel
@@ -30,44 +31,45 @@ import winrate
 import world
 from benchmarks.replies import Replies
 from chat import load_checkpoint, read_prompts, read_rows
+from flags import flag
 
 
 @dataclasses.dataclass
 class ContestSettings:
     """Flags of the commands that let checkpoints play."""
-    prompts: str = run.flag("", "prompts file or hub data set, as in sppo.py; without it the queries of the judge's "
-                                "embedded world")
-    judge: str = run.flag("oracle", "who judges: oracle, oracle:WORLD or styles (embedded worlds), " + prefmodel.KINDS)
-    estimator: str = run.flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
-    part: str = run.flag("test", "the embedded world's queries to play on; validation is where settings are picked",
-                         ("test", "validation"))
-    count: int = run.flag(2000, "at most this many prompts", at_least=1)
-    max_new_tokens: int = run.flag(0, "tokens an answer may have; 0: 24 in an embedded world, else 1024", at_least=0)
-    temperature: float = run.flag(1.0, "sampling temperature of all sides; 0 is greedy", at_least=0)
-    top_p: float = run.flag(1.0, "nucleus of all sides; 1 keeps every token", above=0, at_most=1)
-    max_rows: int = run.flag(256, "answers sampled at once", at_least=1)
-    template_option: str = run.flag("", "name=value[,name=value] for the checkpoints' chat templates "
-                                        "[enable_thinking=false where they know the name]")
-    seed: int = run.flag(0, "seed of all sampling")
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    json: bool = run.flag(False, "print the figures as one JSON object")
+    prompts: str = flag("", "prompts file or hub data set, as in sppo.py; without it the queries of the judge's "
+                            "embedded world")
+    judge: str = flag("oracle", "who judges: oracle, oracle:WORLD or styles (embedded worlds), " + prefmodel.KINDS)
+    estimator: str = flag("pairwise", "PairRM's logits to P: pairwise or aggregate", ("pairwise", "aggregate"))
+    part: str = flag("test", "the embedded world's queries to play on; validation is where settings are picked",
+                     ("test", "validation"))
+    count: int = flag(2000, "at most this many prompts", at_least=1)
+    max_new_tokens: int = flag(0, "tokens an answer may have; 0: 24 in an embedded world, else 1024", at_least=0)
+    temperature: float = flag(1.0, "sampling temperature of all sides; 0 is greedy", at_least=0)
+    top_p: float = flag(1.0, "nucleus of all sides; 1 keeps every token", above=0, at_most=1)
+    max_rows: int = flag(256, "answers sampled at once", at_least=1)
+    template_option: str = flag("", "name=value[,name=value] for the checkpoints' chat templates "
+                                    "[enable_thinking=false where they know the name]")
+    seed: int = flag(0, "seed of all sampling")
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    json: bool = flag(False, "print the figures as one JSON object")
 
 
 @dataclasses.dataclass
 class WinrateSettings(ContestSettings):
     """Flags of `python eval.py winrate`."""
     COMMAND = "eval.py winrate"
-    model: str = run.flag("", "checkpoint directory or hub id to be evaluated (needed)", needed=True)
-    vs: str = run.flag("", "the checkpoint it plays against (needed)", needed=True)
+    model: str = flag("", "checkpoint directory or hub id to be evaluated (needed)", needed=True)
+    vs: str = flag("", "the checkpoint it plays against (needed)", needed=True)
 
 
 @dataclasses.dataclass
 class CrossplaySettings(ContestSettings):
     """Flags of `python eval.py crossplay`."""
     COMMAND = "eval.py crossplay CKPT CKPT ..."
-    out: str = run.flag("out/crossplay", "directory for crossplay.json and crossplay.png; the same command goes on "
-                                         "where it was interrupted")
+    out: str = flag("out/crossplay", "directory for crossplay.json and crossplay.png; the same command goes on "
+                                     "where it was interrupted")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def contestant(path, args, prompts, sampling, flag="--model (or --vs)"):
 
 def winrate_command(argv):
     """The sub-command `winrate`: A against B on one set of prompts."""
-    args = run.parse(WinrateSettings, argv, "head-to-head win rate of --model against --vs, ties counted one half")
+    args = flags.parse(WinrateSettings, argv, "head-to-head win rate of --model against --vs, ties counted one half")
     prompts, judge, sampling = contest(args)
     name_of_model, name_of_vs = short_names([args.model, args.vs])
     net, chat, ids = contestant(args.vs, args, prompts, sampling)
@@ -116,7 +118,7 @@ def winrate_command(argv):
 def crossplay_command(argv):
     """The sub-command `crossplay`: one answer of every checkpoint to every prompt, then everyone against everyone."""
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    args = run.parse(CrossplaySettings, argv[len(paths):],
+    args = flags.parse(CrossplaySettings, argv[len(paths):],
                      "crossplay CKPT CKPT ... [flags]: checkpoints (directories or hub ids), each against each, ties "
                      "counted one half;\nthe Nash mixture of the game they make, how exploitable each is, and cycles")
     if len(paths) < 2:

@@ -18,8 +18,10 @@ import os
 
 import torch
 
+import flags
 import run
 import world
+from flags import flag
 
 ROCK_PAPER_SCISSORS = ((0.5, 0.0, 1.0),
                        (1.0, 0.5, 0.0),
@@ -271,7 +273,7 @@ def random_game(n, seed):
 @dataclasses.dataclass
 class Settings:
     """The flags of `python games.py`."""
-    out: str = run.flag("out/games.png", 'the picture of the updates on the game of styles; "" = none')
+    out: str = flag("out/games.png", 'the picture of the updates on the game of styles; "" = none')
 
 
 WEIGHT, TAU = 0.2, 0.1  # of the magnets; strength of Nash-MD's reference
@@ -362,7 +364,7 @@ def draw(path):
 
 def _show(argv):
     """Print the tables and draw the picture."""
-    args = run.parse(Settings, argv, "SPPO's theory without a network: averages and last iterates of exact self-play")
+    args = flags.parse(Settings, argv, "SPPO's theory without a network: averages and last iterates of exact self-play")
     print(_theorem(), _last_iterates(), sep="\n\n")
     if args.out:
         try:

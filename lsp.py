@@ -70,7 +70,7 @@ import run
 import winrate
 import world
 from chat import Chat, as_row, in_steps, read_prompts, shortened, without_thinking
-from run import flag
+from flags import flag, parse
 
 # What a setting is when its flag is not given and real models play: Table 1's, and where the paper is silent what the
 # docstring says. What it is in an embedded world stands in the world's entry; a world without a Challenger has none.
@@ -547,7 +547,7 @@ class Job:
 
 def set_up(argv):
     """Settings, ranks, models, judge, prompts and run directory: the Job that `main` works on."""
-    args = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0]
+    args = settle(parse(Settings, argv, __doc__.split("\n\n")[0]
                             + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
                             {**{name: world.WORLDS[name].lsp | world.WORLDS[name].lsp_reward["value"]
                                 for name in PLAYABLE}, "real models": REAL}))

@@ -79,7 +79,7 @@ import winrate
 import world
 from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_prompts, read_sources, shorter_sessions,
                   split_prompts)
-from run import flag
+from flags import flag, parse
 from table import (answer_texts, check_nothing_later, check_stage, check_stage_flags, check_training_rows,
                    encode_prompts, judge_answers, put_table, read_table, readable_row, table_row, training_examples,
                    without_long_prompts)
@@ -619,7 +619,7 @@ class Job:
 
 def set_up(argv):
     """Settings, ranks, prompts, judge, model and run directory: the Job that `main` works on."""
-    args = settle(run.parse(Settings, argv, __doc__.split("\n\n")[0]
+    args = settle(parse(Settings, argv, __doc__.split("\n\n")[0]
                             + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
                             {**{name: entry.sppo | entry.sppo_loss["sppo"] for name, entry in world.WORLDS.items()},
                              "real prompts": PAPER | PAPER_LOSS["sppo"]}))

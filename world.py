@@ -39,9 +39,11 @@ import time
 
 import torch
 
+import flags
 import model
 import rollout
 import run
+from flags import flag
 
 LETTERS = "abcdefgh"
 
@@ -514,11 +516,11 @@ def _show(argv):
 
     @dataclasses.dataclass
     class Settings:
-        world: str = run.flag("operations", "which world", tuple(WORLDS))
-        queries: int = run.flag(2000, "how many test queries the base's figures are taken over", at_least=1)
-        votes: int = run.flag(32, "samples whose most frequent answer is the base's vote", at_least=1)
+        world: str = flag("operations", "which world", tuple(WORLDS))
+        queries: int = flag(2000, "how many test queries the base's figures are taken over", at_least=1)
+        votes: int = flag(32, "samples whose most frequent answer is the base's vote", at_least=1)
 
-    settings = run.parse(Settings, argv, "show the embedded world and its base")
+    settings = flags.parse(Settings, argv, "show the embedded world and its base")
     shown = WORLDS[settings.world]
     directory = base(shown)
     net, tokenizer = model.Transformer.from_pretrained(directory), transformers.AutoTokenizer.from_pretrained(directory)

@@ -16,8 +16,10 @@ import typing
 import numpy as np
 import torch
 
+import flags
 import run
 from chat import read_rows
+from flags import flag
 from winrate import mean_and_error
 
 
@@ -25,14 +27,14 @@ from winrate import mean_and_error
 class AlpacaSettings:
     """Flags of `python eval.py alpaca`."""
     COMMAND = "eval.py alpaca"
-    annotations: str = run.flag("", "one model's annotations by one judge, .json or .jsonl, gzipped or not (needed)",
-                                needed=True)
-    gamed: str = run.flag("", "AlpacaEval's df_gamed.csv (hub data set tatsu-lab/alpaca_eval), for length control")
-    difficulty: str = run.flag("", "AlpacaEval's instruction_difficulty.csv, from the same place")
-    instructions: str = run.flag("", "all the benchmark's instructions in the tables' order (any complete annotations),"
-                                     " for --annotations that are a part of them or in another order; without it a "
-                                     "part loses the difficulty term")
-    json: bool = run.flag(False, "print the figures as one JSON object")
+    annotations: str = flag("", "one model's annotations by one judge, .json or .jsonl, gzipped or not (needed)",
+                            needed=True)
+    gamed: str = flag("", "AlpacaEval's df_gamed.csv (hub data set tatsu-lab/alpaca_eval), for length control")
+    difficulty: str = flag("", "AlpacaEval's instruction_difficulty.csv, from the same place")
+    instructions: str = flag("", "all the benchmark's instructions in the tables' order (any complete annotations),"
+                                 " for --annotations that are a part of them or in another order; without it a "
+                                 "part loses the difficulty term")
+    json: bool = flag(False, "print the figures as one JSON object")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def instruction_places(args, rows):
 
 def main(argv):
     """Print AlpacaEval's figures of the model in --annotations."""
-    args = run.parse(AlpacaSettings, argv, "AlpacaEval 2.0: win rate, length-controlled win rate, win rate by subset")
+    args = flags.parse(AlpacaSettings, argv, "AlpacaEval 2.0: win rate, length-controlled win rate, win rate by subset")
     if args.instructions and not args.difficulty:
         raise run.UserError("--instructions orders the rows of --difficulty; give --gamed and --difficulty too")
     figures = _figures(args, read_annotations(args.annotations))

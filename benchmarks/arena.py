@@ -12,13 +12,14 @@ import numpy as np
 
 import run
 from benchmarks.judgments import JudgmentSettings, group, parse_with_files, read_judgments, table
+from flags import flag
 
 
 @dataclasses.dataclass
 class ArenaSettings(JudgmentSettings):
     """Flags of `python eval.py arena`."""
     COMMAND = "eval.py arena"
-    seed: int = run.flag(0, "seed of the bootstrap")
+    seed: int = flag(0, "seed of the bootstrap")
 
 
 FIELDS = {"judge": str, "model": str, "games": list}

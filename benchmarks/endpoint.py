@@ -20,6 +20,7 @@ import urllib.request
 
 import run
 from chat import template_options
+from flags import flag
 
 
 BACKOFF = 1.0       # seconds before the second attempt at a request; doubled for each further one, 60 at most
@@ -29,15 +30,15 @@ LONGEST = 16 << 20  # bytes of a reply that are read
 @dataclasses.dataclass
 class EndpointSettings:
     """Flags of the commands that can put their questions to an endpoint, and to a model that thinks."""
-    base_url: str = run.flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
-                                 "[https://api.openai.com/v1]")
-    workers: int = run.flag(8, "api: requests under way at once", at_least=1)
-    timeout: float = run.flag(120.0, "api: seconds to wait for a whole reply", above=0, at_most=1e6)
-    retries: int = run.flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply",
-                            at_least=0)
-    template_option: str = run.flag("", "name=value,... for the chat template, such as enable_thinking=true; api: sent "
-                                        "as chat_template_kwargs, which vLLM and SGLang know [no thinking, where a "
-                                        "checkpoint's template knows enable_thinking]")
+    base_url: str = flag("", "api: an OpenAI-compatible endpoint, key in the environment variable OPENAI_API_KEY "
+                             "[https://api.openai.com/v1]")
+    workers: int = flag(8, "api: requests under way at once", at_least=1)
+    timeout: float = flag(120.0, "api: seconds to wait for a whole reply", above=0, at_most=1e6)
+    retries: int = flag(5, "api: further attempts after 429, 5xx, a timeout or a reply that is no reply",
+                        at_least=0)
+    template_option: str = flag("", "name=value,... for the chat template, such as enable_thinking=true; api: sent "
+                                    "as chat_template_kwargs, which vLLM and SGLang know [no thinking, where a "
+                                    "checkpoint's template knows enable_thinking]")
 
 
 class Endpoint:

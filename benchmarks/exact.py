@@ -22,32 +22,34 @@ import re
 
 import torch
 
+import flags
 import games
 import plots
 import run
 import winrate
 import world
 from chat import load_checkpoint
+from flags import flag
 
 
 @dataclasses.dataclass
 class ExactSettings:
     """Flags of `python eval.py exact`."""
     COMMAND = "eval.py exact RUN ..."
-    vs: str = run.flag("", "run directories, with commas between: what the others are compared with, query by query")
-    part: str = run.flag("test", "the world's queries; validation is where settings are picked", ("test", "validation"))
-    stop: bool = run.flag(False, "take each run's checkpoint that is best on validation queries, not the last")
-    count: int = run.flag(2000, "ordinary queries; also validation queries for --stop", at_least=2)
-    harder: int = run.flag(1000, "queries of each harder kind; 0 = none", at_least=0)
-    last: int = run.flag(10, "intransitive world: the last so many iterates of each run", at_least=1)
-    picture: str = run.flag("", "write a picture of accuracy by number of distinct queries to this PNG")
+    vs: str = flag("", "run directories, with commas between: what the others are compared with, query by query")
+    part: str = flag("test", "the world's queries; validation is where settings are picked", ("test", "validation"))
+    stop: bool = flag(False, "take each run's checkpoint that is best on validation queries, not the last")
+    count: int = flag(2000, "ordinary queries; also validation queries for --stop", at_least=2)
+    harder: int = flag(1000, "queries of each harder kind; 0 = none", at_least=0)
+    last: int = flag(10, "intransitive world: the last so many iterates of each run", at_least=1)
+    picture: str = flag("", "write a picture of accuracy by number of distinct queries to this PNG")
 
 
 def main(argv):
     """The sub-command: a table of contestants, differences below it, and a picture."""
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    args = run.parse(ExactSettings, argv[len(paths):], "exact RUN RUN ... [flags]: what an embedded world knows of the "
-                                                       "checkpoints that runs left behind")
+    args = flags.parse(ExactSettings, argv[len(paths):],
+                       "exact RUN RUN ... [flags]: what an embedded world knows of the checkpoints that runs left")
     if not paths:
         raise run.UserError("exact needs run directories, before any flag: python eval.py exact out/lsp out/grpo")
     paths, rivals = (once(path for path in group if path) for group in (paths, args.vs.split(",")))

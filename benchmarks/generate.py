@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 
+import flags
 import kernels
 import prefmodel
 import rollout
@@ -24,6 +25,7 @@ from benchmarks.endpoint import Endpoint, EndpointSettings
 from benchmarks.formats import answer_row, read_questions
 from benchmarks.replies import Replies, batches
 from chat import Prompt, load_checkpoint, turns_of, without_thinking
+from flags import flag
 
 
 MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
@@ -37,36 +39,36 @@ DECODING = {"lsp": {"temperature": 0.01, "top_p": 1.0},                         
 class GenerateSettings(EndpointSettings):
     """Flags of `python eval.py generate`."""
     COMMAND = "eval.py generate"
-    model: str = run.flag("", "who answers: a checkpoint directory or hub id, or api:MODEL_NAME (needed)", needed=True)
-    prompts: str = run.flag("", "the questions, .jsonl or .json; alpaca and jsonl take any prompts file (needed)",
-                            needed=True)
-    format: str = run.flag("", "whose answer file is written: alpaca (AlpacaEval's model_outputs.json), mtbench (two "
-                               "turns), arena (Arena-Hard), or jsonl (the questions' rows with `output`) (needed)",
-                           tuple(MAX_NEW_TOKENS), needed=True)
-    out: str = run.flag("", "the answer file (needed); the same command goes on where it was interrupted", needed=True)
-    name: str = run.flag("", "the model's name in the file [api: MODEL_NAME; else the last part of --model]")
-    preset: str = run.flag("", "the decoding of a paper's evaluation: LSP's, or SPPO's for one of its models",
-                           tuple(DECODING))
-    temperature: float | None = run.flag(None, "sampling temperature, 0 is greedy; given, or set by --preset, it holds "
-                                               "for MT-Bench too [MT-Bench: by category, else 0]", at_least=0)
-    top_p: float = run.flag(1.0, "nucleus; 1 keeps every token", above=0, at_most=1)
-    max_new_tokens: int = run.flag(0, "tokens an answer may have; 0: " +
-                                   ", ".join(f"{n} for {name}" for name, n in MAX_NEW_TOKENS.items()), at_least=0)
-    best_of: int = run.flag(1, "answers drawn to a question, of which --judge picks the one that is kept", at_least=1)
-    judge: str = run.flag("", "who picks: by reward (reward:DIR_OR_HUB_ID, oracle) or by mean Phat among the N (pairrm:"
-                              "DIR_OR_HUB_ID, styles)")
-    batch: int = run.flag(64, "questions answered between two writes: what an interruption costs at most", at_least=1)
-    max_rows: int = run.flag(256, "answers sampled at once", at_least=1)
-    seed: int = run.flag(0, "an answer's randomness depends on it and on the question's place in the file; api: sent "
-                            "where the temperature is above 0, and as good as the endpoint makes it")
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    json: bool = run.flag(False, "print the report as one JSON object")
+    model: str = flag("", "who answers: a checkpoint directory or hub id, or api:MODEL_NAME (needed)", needed=True)
+    prompts: str = flag("", "the questions, .jsonl or .json; alpaca and jsonl take any prompts file (needed)",
+                        needed=True)
+    format: str = flag("", "whose answer file is written: alpaca (AlpacaEval's model_outputs.json), mtbench (two "
+                           "turns), arena (Arena-Hard), or jsonl (the questions' rows with `output`) (needed)",
+                       tuple(MAX_NEW_TOKENS), needed=True)
+    out: str = flag("", "the answer file (needed); the same command goes on where it was interrupted", needed=True)
+    name: str = flag("", "the model's name in the file [api: MODEL_NAME; else the last part of --model]")
+    preset: str = flag("", "the decoding of a paper's evaluation: LSP's, or SPPO's for one of its models",
+                       tuple(DECODING))
+    temperature: float | None = flag(None, "sampling temperature, 0 is greedy; given, or set by --preset, it holds "
+                                           "for MT-Bench too [MT-Bench: by category, else 0]", at_least=0)
+    top_p: float = flag(1.0, "nucleus; 1 keeps every token", above=0, at_most=1)
+    max_new_tokens: int = flag(0, "tokens an answer may have; 0: " +
+                               ", ".join(f"{n} for {name}" for name, n in MAX_NEW_TOKENS.items()), at_least=0)
+    best_of: int = flag(1, "answers drawn to a question, of which --judge picks the one that is kept", at_least=1)
+    judge: str = flag("", "who picks: by reward (reward:DIR_OR_HUB_ID, oracle) or by mean Phat among the N (pairrm:"
+                          "DIR_OR_HUB_ID, styles)")
+    batch: int = flag(64, "questions answered between two writes: what an interruption costs at most", at_least=1)
+    max_rows: int = flag(256, "answers sampled at once", at_least=1)
+    seed: int = flag(0, "an answer's randomness depends on it and on the question's place in the file; api: sent "
+                        "where the temperature is above 0, and as good as the endpoint makes it")
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    json: bool = flag(False, "print the report as one JSON object")
 
 
 def main(argv):
     """Answer every question of --prompts that has no answer yet, and write --out when all have one."""
-    args = run.parse(GenerateSettings, argv, "answer a benchmark's questions and write its own answer file", DECODING)
+    args = flags.parse(GenerateSettings, argv, "answer a benchmark's questions and write its own answer file", DECODING)
     _check(args)
     name = args.model.removeprefix("api:") if _by_endpoint(args) else os.path.basename(os.path.normpath(args.model))
     args = dataclasses.replace(args, name=args.name or name,

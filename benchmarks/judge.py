@@ -21,6 +21,7 @@ import sys
 
 import torch
 
+import flags
 import model
 import prefmodel
 import rollout
@@ -30,6 +31,7 @@ from benchmarks.endpoint import Endpoint, EndpointSettings
 from benchmarks.formats import read_answers, read_questions
 from benchmarks.replies import Replies, batches
 from chat import Prompt, fill, load_checkpoint, placeholders, read_template, read_text, without_thinking
+from flags import flag
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,36 +101,36 @@ MT_BENCH_WITH_REFERENCE = ("math", "reasoning", "coding")       # categories who
 class JudgeSettings(EndpointSettings):
     """Flags of `python eval.py judge`."""
     COMMAND = "eval.py judge"
-    answers: str = run.flag("", "the answer file to be judged, as generate writes it (needed)", needed=True)
-    reference: str = run.flag("", "whom it plays against: the baseline's answer file (pairwise and arena: needed); "
-                                  "single: right answers as an answer file [the questions' own `reference`]")
-    mode: str = run.flag("", "pairwise (AlpacaEval: one token, m or M, by its log-probabilities), arena (Arena-Hard: "
-                             "A>>B to B>>A, both orders) or single (MT-Bench: 1 to 10 for each turn) (needed)",
-                         tuple(JUDGE_PROMPTS), needed=True)
-    judge: str = run.flag("", "who judges (needed): model:DIR_OR_HUB_ID or api:MODEL_NAME; pairwise also pairrm:"
-                              "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, python:FILE.py:FUNCTION, and oracle or styles "
-                              "(embedded worlds)",
-                          needed=True)
-    prompts: str = run.flag("", "the benchmark's questions (arena and single: needed)")
-    out: str = run.flag("", "the judgments' file (needed); the same command goes on where it was interrupted",
-                        needed=True)
-    judge_prompt: str = run.flag("", "file with another text for judges that read text; its placeholders: " + "; ".join(
+    answers: str = flag("", "the answer file to be judged, as generate writes it (needed)", needed=True)
+    reference: str = flag("", "whom it plays against: the baseline's answer file (pairwise and arena: needed); "
+                              "single: right answers as an answer file [the questions' own `reference`]")
+    mode: str = flag("", "pairwise (AlpacaEval: one token, m or M, by its log-probabilities), arena (Arena-Hard: "
+                         "A>>B to B>>A, both orders) or single (MT-Bench: 1 to 10 for each turn) (needed)",
+                     tuple(JUDGE_PROMPTS), needed=True)
+    judge: str = flag("", "who judges (needed): model:DIR_OR_HUB_ID or api:MODEL_NAME; pairwise also pairrm:"
+                          "DIR_OR_HUB_ID, reward:DIR_OR_HUB_ID, python:FILE.py:FUNCTION, and oracle or styles "
+                          "(embedded worlds)",
+                      needed=True)
+    prompts: str = flag("", "the benchmark's questions (arena and single: needed)")
+    out: str = flag("", "the judgments' file (needed); the same command goes on where it was interrupted",
+                    needed=True)
+    judge_prompt: str = flag("", "file with another text for judges that read text; its placeholders: " + "; ".join(
         " ".join([mode, *re.findall(r"\{\w+\}", text)]) for mode, text in JUDGE_PROMPTS.items()))
-    judge_system: str = run.flag("", "file with a system prompt for judges that read text [none]")
-    judge_max_tokens: int | None = run.flag(None, "arena and single: tokens of a judge's reply, its thinking included "
-                                                  f"[{MAX_TOKENS}]", at_least=1)
-    both_orders: bool = run.flag(False, "pairwise: ask in both orders and take the mean [one order, by lot]")
-    batch: int = run.flag(64, "judgments between two writes, for judges that run here", at_least=1)
-    max_rows: int = run.flag(64, "a judging model's replies sampled at once", at_least=1)
-    seed: int = run.flag(0, "seed of the order in which a pair is shown; it depends on the pair, not on its place")
-    device: str = run.flag("auto", "cuda, mps or cpu")
-    dtype: str = run.flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    json: bool = run.flag(False, "print the report as one JSON object")
+    judge_system: str = flag("", "file with a system prompt for judges that read text [none]")
+    judge_max_tokens: int | None = flag(None, "arena and single: tokens of a judge's reply, its thinking included "
+                                              f"[{MAX_TOKENS}]", at_least=1)
+    both_orders: bool = flag(False, "pairwise: ask in both orders and take the mean [one order, by lot]")
+    batch: int = flag(64, "judgments between two writes, for judges that run here", at_least=1)
+    max_rows: int = flag(64, "a judging model's replies sampled at once", at_least=1)
+    seed: int = flag(0, "seed of the order in which a pair is shown; it depends on the pair, not on its place")
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+    json: bool = flag(False, "print the report as one JSON object")
 
 
 def main(argv):
     """Judge every answer that has no judgment yet, and write --out when all have one."""
-    args = run.parse(JudgeSettings, argv, "judge a benchmark's answers and write its own file of judgments")
+    args = flags.parse(JudgeSettings, argv, "judge a benchmark's answers and write its own file of judgments")
     kind, path = _check_judge(args)
     args = dataclasses.replace(args, judge_max_tokens=args.judge_max_tokens or MAX_TOKENS)
     task = MODES[args.mode](args, _poser(args) if kind in ("model", "api") else None)

@@ -4,22 +4,24 @@ table that their figures are printed as."""
 import dataclasses
 import re
 
+import flags
 import run
 from chat import read_rows
+from flags import flag
 
 
 @dataclasses.dataclass
 class JudgmentSettings:
     """Flags that `python eval.py mtbench` and `arena` share."""
-    judgments: str = run.flag("", "the benchmark's model_judgment .jsonl by one judge; several as A B C after one "
-                                  "--judgments (needed)", needed=True)
-    json: bool = run.flag(False, "print one JSON object a line, all the figures of a model and category")
+    judgments: str = flag("", "the benchmark's model_judgment .jsonl by one judge; several as A B C after one "
+                              "--judgments (needed)", needed=True)
+    json: bool = flag(False, "print one JSON object a line, all the figures of a model and category")
 
 
 def parse_with_files(settings_class, argv, description):
-    """(settings, [path]): `run.parse`, but --judgments may be followed by several files.
+    """(settings, [path]): `flags.parse`, but --judgments may be followed by several files.
 
-    A flag of run.parse has one value, so the further ones are taken out of argv before it looks.
+    A flag of flags.parse has one value, so the further ones are taken out of argv before it looks.
     """
     if argv.count("--judgments") > 1:
         raise run.UserError("--judgments is given twice; name all the files after one: --judgments A B C")
@@ -30,7 +32,7 @@ def parse_with_files(settings_class, argv, description):
             further.append(word)
         else:
             words.append(word)
-    args = run.parse(settings_class, words, description)
+    args = flags.parse(settings_class, words, description)
     return args, [args.judgments, *further]
 
 

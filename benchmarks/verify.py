@@ -26,9 +26,11 @@ from math import isnan, prod        # the name `math` is the reward's
 
 import torch
 
+import flags
 import run
 from benchmarks import programs
 from chat import THINKING, read_rows, without_thinking
+from flags import flag
 from winrate import mean_and_error
 
 
@@ -448,19 +450,19 @@ def pass_at_k(n, c, k):
 class VerifySettings:
     """Flags of `python eval.py verify`."""
     COMMAND = "eval.py verify"
-    task: str = run.flag("gsm8k", "which rules: gsm8k, math or humaneval", ("gsm8k", "math", "humaneval"))
-    answers: str = run.flag("", "answers, .jsonl: output (or completion, answer_text, generate_0 ...) and either the "
-                                "reference (`answer`, `reference` or `solution`; humaneval: prompt, test, entry_point) "
-                                "or what finds it in --references (needed)", needed=True)
-    references: str = run.flag("", "the data set's own file, .jsonl, where --answers lacks the references")
-    checker: str = run.flag("rules", "math: this file's rules, or math-verify (an optional package: it reads answers "
-                                     "without a box too, and does algebra)", ("rules", "math-verify"))
-    marks: str = run.flag("", "a file to write, .jsonl, one row an answer: problem, sample, read (the text that counts "
-                              "as the answer, null without one; humaneval: the program), right")
-    allow_code_execution: bool = run.flag(False, "humaneval: run the generated code on this machine, in processes with "
-                                                 "limits but no sandbox (use a container)")
-    as_root: bool = run.flag(False, "humaneval: run it as root too, whom no limit on processes binds")
-    json: bool = run.flag(False, "print the figures as one JSON object")
+    task: str = flag("gsm8k", "which rules: gsm8k, math or humaneval", ("gsm8k", "math", "humaneval"))
+    answers: str = flag("", "answers, .jsonl: output (or completion, answer_text, generate_0 ...) and either the "
+                            "reference (`answer`, `reference` or `solution`; humaneval: prompt, test, entry_point) "
+                            "or what finds it in --references (needed)", needed=True)
+    references: str = flag("", "the data set's own file, .jsonl, where --answers lacks the references")
+    checker: str = flag("rules", "math: this file's rules, or math-verify (an optional package: it reads answers "
+                                 "without a box too, and does algebra)", ("rules", "math-verify"))
+    marks: str = flag("", "a file to write, .jsonl, one row an answer: problem, sample, read (the text that counts "
+                          "as the answer, null without one; humaneval: the program), right")
+    allow_code_execution: bool = flag(False, "humaneval: run the generated code on this machine, in processes with "
+                                             "limits but no sandbox (use a container)")
+    as_root: bool = flag(False, "humaneval: run it as root too, whom no limit on processes binds")
+    json: bool = flag(False, "print the figures as one JSON object")
 
 
 @dataclasses.dataclass
@@ -473,7 +475,7 @@ class Problem:
 
 def main(argv):
     """Print the share of right answers, or pass@k of generated programs."""
-    args = run.parse(VerifySettings, argv,
+    args = flags.parse(VerifySettings, argv,
                      "check answers against exact references; the rules are in benchmarks/verify.py's docstrings")
     _check(args)
     problems = read_problems(args.answers, args.references, args.task)

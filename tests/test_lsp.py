@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import challenger
+import flags
 import kernels
 import lsp
 import model
@@ -591,7 +592,7 @@ def test_the_presets_settings():
     (dict(world="operations", reward="reward:r", model="m"), "--world operations")])
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(UserError, match=says):
-        run.check(lsp.Settings(**settings))
+        flags.check(lsp.Settings(**settings))
         settle(**settings)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval
+import flags
 import lsp
 import run
 import sppo
@@ -132,7 +133,7 @@ def test_what_was_thought_is_not_judged(monkeypatch):
 
 
 def test_the_preset_of_gemma():
-    args = run.parse(sppo.Settings, ["--preset", "gemma-2-9b"], "", sppo.PRESETS)
+    args = flags.parse(sppo.Settings, ["--preset", "gemma-2-9b"], "", sppo.PRESETS)
     assert (args.model, args.lr, args.batch_size, args.epochs) == ("google/gemma-2-9b-it", 5e-7, 64, 1)
 
 

@@ -11,8 +11,9 @@ import types
 import pytest
 import torch
 
+import flags
 import run
-from run import UserError, flag
+from flags import UserError, flag
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -30,7 +31,7 @@ class Settings:
 
 
 def parse(*argv):
-    return run.parse(Settings, list(argv), "what it does")
+    return flags.parse(Settings, list(argv), "what it does")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,15 +92,15 @@ class Bounded:
 def test_a_number_outside_its_bounds_is_one_sentence(settings, says):
     given = {"model": "m", **settings} if settings else {}
     with pytest.raises(UserError, match=re.escape(says)):
-        run.check(Bounded(**given))
+        flags.check(Bounded(**given))
     words = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
     with pytest.raises(UserError, match=re.escape(says)):
-        run.parse(Bounded, words, "")
+        flags.parse(Bounded, words, "")
 
 
 def test_numbers_at_their_bounds_pass():
-    run.check(Bounded("m", k=2, lr=1e-9, top_p=1.0, warmup=0.0, free=-7.0))
-    run.check(Bounded("m", lr=None, warmup=1.0))
+    flags.check(Bounded("m", k=2, lr=1e-9, top_p=1.0, warmup=0.0, free=-7.0))
+    flags.check(Bounded("m", lr=None, warmup=1.0))
 
 
 @dataclasses.dataclass
@@ -111,7 +112,7 @@ class Derived(run.CommonSettings):
 def test_help_shows_what_a_flag_is_where_it_is_not_given(capsys):
     """Numbers stand once, in the tables of defaults; --help reads them from there. A script's own flags come first."""
     with pytest.raises(SystemExit):
-        run.parse(Derived, ["--help"], "", defaults={"here": {"rate": 0.5, "other": 1}, "there": {"rate": 2e-3}})
+        flags.parse(Derived, ["--help"], "", defaults={"here": {"rate": 0.5, "other": 1}, "there": {"rate": 2e-3}})
     text = " ".join(capsys.readouterr().out.split())
     assert "of learning [here 0.5, there 0.002]" in text and text.index("--rate") < text.index("--seed")
 
@@ -119,7 +120,7 @@ def test_help_shows_what_a_flag_is_where_it_is_not_given(capsys):
 def test_a_flag_beside_a_preset_wins():
     """Whichever comes first, and also where it gives the default: the person who wrote it meant it."""
     def preset(*argv):
-        return run.parse(WithPreset, list(argv), "", {"fast": dict(steps=9, kind="b", shuffle=False, limit=4),
+        return flags.parse(WithPreset, list(argv), "", {"fast": dict(steps=9, kind="b", shuffle=False, limit=4),
                                                       "slow": dict(rate=0.25)})
 
     assert preset() == WithPreset()
@@ -132,7 +133,7 @@ def test_a_flag_beside_a_preset_wins():
 
 def test_an_unknown_preset_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as end:
-        run.parse(WithPreset, ["--preset", "medium"], "", {"fast": {}, "slow": {}})
+        flags.parse(WithPreset, ["--preset", "medium"], "", {"fast": {}, "slow": {}})
     error = capsys.readouterr().err
     assert end.value.code == 2 and "--preset" in error and "medium" in error and error.count("\n") == 1
 
@@ -627,7 +628,7 @@ def test_a_tracker_that_cannot_begin_is_one_sentence(kind, monkeypatch):
 
 def test_an_unknown_tracker_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as end:
-        run.parse(run.CommonSettings, ["--track", "notebook"], "")
+        flags.parse(run.CommonSettings, ["--track", "notebook"], "")
     assert end.value.code == 2 and "--track" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import flags
 import games
 import kernels
 import model
@@ -327,7 +328,7 @@ def test_what_magnetic_play_begins_with():
     assert (args.magnet, args.magnet_every) == (0.33, 0)
     for name, value in (("magnet", "0"), ("magnet-every", "-1")):
         with pytest.raises(UserError, match=f"--{name} {float(value) if name == 'magnet' else value} must be"):
-            run.parse(sppo.Settings, [f"--{name}", value], "")
+            flags.parse(sppo.Settings, [f"--{name}", value], "")
 
 
 @pytest.mark.parametrize("rule, stage, t, gone", [("optimistic", "sample", 3, "iter-1"),

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import eval
+import flags
 import kernels
 import model
 import prefmodel
@@ -116,7 +117,7 @@ def test_gradient_accumulation_says_how_many_passes(monkeypatch):
 
 def parsed(*words):
     """The settings of a command line, as main has them."""
-    return sppo.settle(run.parse(sppo.Settings, list(words), "", sppo.PRESETS))
+    return sppo.settle(flags.parse(sppo.Settings, list(words), "", sppo.PRESETS))
 
 
 @pytest.mark.parametrize("name, model", [("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2"),

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import challenger
+import flags
 import lsp
 import model
 import run
@@ -102,6 +103,6 @@ def test_one_update(trl, networks):
 
 
 def test_the_preset_is_trls_default():
-    args = lsp.settle(run.parse(lsp.Settings, ["--preset", "trl-grpo", "--prompts", "p"], "", lsp.PRESETS))
+    args = lsp.settle(flags.parse(lsp.Settings, ["--preset", "trl-grpo", "--prompts", "p"], "", lsp.PRESETS))
     assert (args.mode, args.beta, args.lr, args.kl, args.normalise, args.std_normalise) == (
         "grpo", 0.05, 1e-6, "k2-token", "token", True)
