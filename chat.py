@@ -18,6 +18,7 @@ import os
 import re
 import zlib
 
+import files
 import model
 import run
 
@@ -298,7 +299,7 @@ def earlier_session(args, resume):
     """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": digests,
     "size": prompts of a part}; {} for a new run."""
     path = os.path.join(args.out, "state", "initial.json")
-    return run.read_json(path) if resume and os.path.exists(path) else {}
+    return files.read_json(path) if resume and os.path.exists(path) else {}
 
 
 def digests(sources):
@@ -328,8 +329,8 @@ def split_prompts(args, world, sources=None, began={}):
     try:
         if world:
             return world.divide(*sizes, shorter_sessions(began, args))
-        files = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
-        held = list(map(read_prompts, files)) if began and all(map(os.path.exists, files)) else None
+        paths = [os.path.join(args.out, "state", f"{name}.jsonl") for name in ("validation", "test")]
+        held = list(map(read_prompts, paths)) if began and all(map(os.path.exists, paths)) else None
         return divide(sources, *sizes, held)
     except ValueError as error:
         more = " in a new run, with --model and the last iter-k" if shorter_sessions(began, args) else ""

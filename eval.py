@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 
+import files
 import flags
 import games
 import plots
@@ -183,7 +184,7 @@ def finished_runs(command, argv, needed):
         path = os.path.join(name, "summary.json")
         if not os.path.exists(path):
             raise run.UserError(f"{path} does not exist; {command} needs the directory of a finished run")
-        runs.append((name, run.read_json(path)))
+        runs.append((name, files.read_json(path)))
         if not all(runs[-1][1].get(key) for key in needed):
             raise run.UserError(f"{path} is no summary of a finished run; give the directory of an sppo.py or lsp.py "
                                 "run")

@@ -18,6 +18,7 @@ import os
 
 import torch
 
+import files
 import flags
 import run
 import world
@@ -358,7 +359,7 @@ def draw(path):
                 axis.annotate(text, corner, (0, shift), textcoords="offset points", ha="center")
         axes.flat[-1].legend(*axis.get_legend_handles_labels(), loc="center", frameon=False,
                              title=f"exact play, eta {STYLES_ETA:g}")
-        run.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+        files.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
         plt.close(figure)
 
 

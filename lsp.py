@@ -61,6 +61,7 @@ import re
 import torch
 
 import challenger
+import files
 import kernels
 import model
 import plots
@@ -446,8 +447,9 @@ def restored(job, optimizer):
     if record.state is None and record.resumed:
         record.say("no state was saved yet: training starts at step 1")
     if "weights" in state:
-        job.net.load_state_dict(state.pop("weights"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        with files.restoring(record.path("state", "state.pt")):
+            job.net.load_state_dict(state.pop("weights"))
+            optimizer.load_state_dict(state.pop("optimizer"))
     job.mute_steps = state.get("mute_steps", 0)
     return state["step"]
 
@@ -552,7 +554,7 @@ def set_up(argv):
                             {**{name: world.WORLDS[name].lsp | world.WORLDS[name].lsp_reward["value"]
                                 for name in PLAYABLE}, "real models": REAL}))
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
-    rank, ranks, device = run.init_ranks(device)
+    rank, ranks, device = run.init_ranks(device, args.rank_timeout)
     job = Job(args, device, (rank, ranks))
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
@@ -586,8 +588,8 @@ def set_up(argv):
                 else challenger.initial_queries(job.ref, job.chat, job.challenge, args, args.test_prompts, job.shard))
     job.held_out = challenger.kept_for_evaluation(args, test)
     if rank == 0:
-        run.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
-        run.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
+        files.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
+        files.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
     run.barrier()
     job.board = winrate.Scoreboard(record, job.chat, table_judge,
                                    {"test": (test, job.chat.encode_all(test, 0, args.max_new_tokens))},
@@ -701,7 +703,7 @@ def initial_model(args):
     resumed run stays with the one it began with, even if the run in --init has gone on since."""
     began = os.path.join(args.out, "state", "initial.json")
     if args.resume and os.path.exists(began):
-        return run.read_json(began)["initial"]
+        return files.read_json(began)["initial"]
     found = run.last_checkpoint(args.init) if args.init else args.model
     if found is None:
         raise run.UserError(f"--init {args.init} holds no checkpoint iter-k or step-k; give a run's directory")
@@ -750,7 +752,7 @@ def method(args):
     name += ", frozen Challenger" if args.challenger == "frozen" else ""
     name += f" on {args.train_prompts} queries" if args.train_prompts else ""
     before = os.path.join(args.init, "summary.json") if args.init else ""
-    return name + (f" after {run.read_json(before)['method']}" if os.path.exists(before) else "")
+    return name + (f" after {files.read_json(before)['method']}" if os.path.exists(before) else "")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import files
 import kernels
 import run
 
@@ -602,7 +603,7 @@ class Transformer(nn.Module):
         naming the file, for an unknown family, a missing, misshapen or not finite weight, or a truncated file."""
         path = fetch(path_or_hub_id)
         where = os.path.join(path, "config.json")
-        config = Config.from_hf(run.read_json(where), where)
+        config = Config.from_hf(files.read_json(where), where)
         with torch.device("meta"):                                              # no memory yet
             net = cls(config)
         net.to(dtype).to_empty(device=device)                                   # the type first: no float32 in between
@@ -611,7 +612,7 @@ class Transformer(nn.Module):
         _fill(net, _read_tensors(path), path)
         generation = os.path.join(path, "generation_config.json")
         if os.path.exists(generation):
-            net.generation = run.read_json(generation)
+            net.generation = files.read_json(generation)
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
@@ -625,15 +626,15 @@ class Transformer(nn.Module):
 
         def write(path):
             os.makedirs(path)
-            run.write_json(os.path.join(path, "config.json"), raw)
-            run.write_json(os.path.join(path, "generation_config.json"), generation)
+            files.write_json(os.path.join(path, "config.json"), raw)
+            files.write_json(os.path.join(path, "generation_config.json"), generation)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _names(self).items()}
             _write_tensors(tensors, path, max_shard_bytes)
             if isinstance(tokenizer, (str, os.PathLike)):
                 _copy_tokenizer(fetch(tokenizer), path)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(path)
-        run.write_atomically(directory, write)
+        files.write_atomically(directory, write)
 
 
 def response_logprobs(net, prompts, responses):
@@ -681,11 +682,11 @@ def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.mod
 def _copy_tokenizer(directory, path):
     """Copy the tokenizer's files of a checkpoint's directory as they are. Written anew by transformers 5 they can be
     unreadable to transformers 4, and lack the tokenizer.model that conversion to GGUF needs."""
-    files = [file for pattern in TOKENIZER_FILES for file in glob.glob(pattern, root_dir=directory)
+    found = [file for pattern in TOKENIZER_FILES for file in glob.glob(pattern, root_dir=directory)
              if os.path.isfile(os.path.join(directory, file))]
-    if not files:
+    if not found:
         raise run.UserError(f"{directory} has no tokenizer to copy; put its files (tokenizer.json and so on) there")
-    for file in files:
+    for file in found:
         target = os.path.join(path, file)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copyfile(os.path.join(directory, file), target)
@@ -696,21 +697,21 @@ def _read_tensors(path):
     import safetensors
 
     index = os.path.join(path, "model.safetensors.index.json")
-    files = ["model.safetensors"]
+    shards = ["model.safetensors"]
     if os.path.exists(index):
         try:
-            files = sorted(set(run.read_json(index)["weight_map"].values()))
+            shards = sorted(set(files.read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
             raise run.UserError(f"{index} has no weight_map; download it again") from None
-    for name in files:
+    for name in shards:
         file = os.path.join(path, name)
         if not os.path.exists(file):
             raise run.UserError(f"{file} is missing; the checkpoint is incomplete or not in safetensors format "
                                 "(download or convert it again)")
         try:
-            with safetensors.safe_open(file, framework="pt") as shard:
-                for key in shard.keys():
-                    yield file, key, shard.get_tensor(key)
+            with safetensors.safe_open(file, framework="pt") as opened:
+                for key in opened.keys():
+                    yield file, key, opened.get_tensor(key)
         except safetensors.SafetensorError as error:
             raise run.UserError(f"{file} is damaged or truncated ({error}); download it again") from None
 
@@ -793,5 +794,5 @@ def _write_tensors(tensors, path, max_shard_bytes):
         save_file(shard, os.path.join(path, file), metadata={"format": "pt"})
         weight_map |= {name: file for name in shard}
     if len(shards) > 1:
-        run.write_json(os.path.join(path, "model.safetensors.index.json"),
+        files.write_json(os.path.join(path, "model.safetensors.index.json"),
                        {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

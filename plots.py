@@ -11,6 +11,7 @@ import math
 
 import torch
 
+import files
 import run
 import winrate
 import world
@@ -54,7 +55,7 @@ def _save(draw, path):
 
     with plt.rc_context(STYLE):
         figure = draw(plt)
-        run.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+        files.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
         plt.close(figure)
 
 

@@ -23,7 +23,6 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
-import glob
 import hashlib
 import importlib
 import json
@@ -32,7 +31,6 @@ import os
 import platform
 import random
 import re
-import shutil
 import sys
 import time
 import uuid
@@ -40,6 +38,7 @@ import uuid
 import torch
 import torch.distributed as dist
 
+import files
 from flags import UserError, brief, flag
 
 
@@ -74,27 +73,50 @@ class CommonSettings:
     track: str = flag("",
         "send every row of metrics.jsonl and every evaluation to tensorboard (files in the run's directory), wandb or "
         "trackio too; each is a package of its own", ("tensorboard", "wandb", "trackio"))
+    rank_timeout: float = flag(30.0,
+        "torchrun: minutes that a process waits for another in a training step (12 hours where one may be sampling)",
+        above=0)
     resume: bool = flag(False, "continue the run in --out from its last saved state")
     overwrite: bool = flag(False, "replace the run in --out")
 
 
 def main(function):
-    """Call a script's main function; turn a UserError into one sentence on stderr and exit status 2."""
+    """Call a script's main function; turn a UserError into one sentence on stderr and exit status 2. Of several
+    processes the first to stop speaks, and the others end quietly with the same status."""
     try:
         function(sys.argv[1:])
     except UserError as error:
-        print(f"error: {brief(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        stop(str(error))
+    except BrokenPipeError:             # whoever read our output, say `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:            # what `files.writing` did not stand around
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        stop(f"{error.filename or 'a file'}: {error.strerror}; mend that, and give the same command again, for a "
+             "training run with --resume")
+    except RuntimeError as error:
+        if not _Ranks.store or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)):
+            raise
+        stop("another process of this run has ended, or did not answer for as long as --rank-timeout says; see what it "
+             "printed, and go on with --resume")
     except KeyboardInterrupt:
         print("\ninterrupted: a training run goes on from its last saved state with the same command and --resume",
               file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:             # whoever read our output, say `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stop(message):
+    """End the program with a sentence and exit status 2."""
+    try:
+        first = _Ranks.store is None or _Ranks.store.add("stopped", 1) == 1
+    except RuntimeError:                # torchrun itself is gone
+        first = True
+    if first:
+        print(f"error: {brief(message)}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,8 +153,15 @@ def set_by_torchrun(name, default=None):
     return int(text)
 
 
-def init_ranks(device):
-    """(rank, number of ranks, this rank's device). One process unless torchrun started us."""
+class _Ranks:
+    """What the processes of a run share beside torch's default group, which sums gradients."""
+    store = None        # torchrun's key-value store
+    patient = None      # a group for objects and barriers: some may still be sampling when others arrive
+
+
+def init_ranks(device, minutes=30.0):
+    """(rank, number of ranks, this rank's device). One process unless torchrun started us.
+    minutes: how long a rank waits in a training step for another one, which may have died or hang."""
     if "RANK" not in os.environ:
         return 0, 1, device
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):      # torch reads them itself, and would end in a traceback
@@ -141,8 +170,11 @@ def init_ranks(device):
         device = torch.device("cuda", set_by_torchrun("LOCAL_RANK"))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # ranks wait for the slowest one's sampling, which can take far longer than the default's ten minutes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        _Ranks.store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                store=dist.PrefixStore("ranks", _Ranks.store),
+                                timeout=datetime.timedelta(minutes=minutes))
+        _Ranks.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -151,14 +183,14 @@ def gather(mine, count):
     if not dist.is_initialized():
         return mine
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, mine, group=_Ranks.patient)
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
 def barrier():
     """Wait until every rank is here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_Ranks.patient)
 
 
 def sum_over_ranks(values, device):
@@ -247,46 +279,7 @@ class _Lines:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files that are never half-written
-
-
-def write_atomically(path, write):
-    """Call write(temporary path), then rename onto `path`.
-    A file or a directory; a reader sees the old one or the new one."""
-    path = os.path.normpath(path)
-    temporary, aside = f"{path}.tmp-{os.getpid()}", f"{path}.old-{os.getpid()}"
-    try:
-        write(temporary)
-        if os.path.isdir(path):  # a directory cannot be replaced in one step, so the old one steps aside first
-            os.replace(path, aside)
-        os.replace(temporary, path)
-    finally:
-        if os.path.isdir(aside) and not os.path.exists(path):
-            os.replace(aside, path)
-        for left in (temporary, aside):
-            remove(left)
-
-
-def tidy(directory):
-    """Clear what a kill left in the middle of `write_atomically`: a half-written file goes, and an old directory that
-    had stepped aside for a new one comes back where the new one has not arrived."""
-    inside = os.path.join(glob.escape(directory), "**")
-    for left in glob.glob(os.path.join(inside, "*.tmp-*"), recursive=True):
-        remove(left)
-    for left in glob.glob(os.path.join(inside, "*.old-*"), recursive=True):
-        path = left[:left.rindex(".old-")]
-        if os.path.exists(path):
-            remove(left)
-        else:
-            os.replace(left, path)
-
-
-def remove(path):
-    """Delete a file or a directory, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
+# what a run leaves behind
 
 
 def last_checkpoint(directory):
@@ -302,40 +295,6 @@ def rename_on_rank_0(path, name):
     if not dist.is_initialized() or dist.get_rank() == 0:
         os.replace(path, name)
     barrier()
-
-
-def read_json(path):
-    """The JSON object in `path`. Raises UserError where there is none."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:         # a file from Windows may begin with a mark
-            value = json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a directory that holds it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
-        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); it may be cut short: make or download it "
-                        "again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; make or download it again")
-    return value
-
-
-def write_json(path, value, indent=1):
-    """Write `value` as JSON, atomically."""
-    def write(temporary):
-        with open(temporary, "w") as file:
-            json.dump(value, file, indent=indent)
-            file.write("\n")
-    write_atomically(path, write)
-
-
-def write_rows(path, rows):
-    """One JSON object a line, atomically."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, write)
 
 
 def in_chunks(path, items, size, make, rank=0):
@@ -363,8 +322,7 @@ def in_chunks(path, items, size, make, rank=0):
         made = make(items[first:first + size], first)
         rows += made
         if rank == 0:
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in made)
+            files.append(path, made)
     return rows
 
 
@@ -432,8 +390,8 @@ class Tracker:
         begin, self.kind, self.id = load_tracker(kind), kind, uuid.uuid4().hex[:8]
         kept, name = os.path.join(out, "state", "tracker.json"), os.path.basename(os.path.abspath(out))
         if os.path.exists(kept):
-            self.id = read_json(kept)["id"]
-        write_json(kept, {"id": self.id})
+            self.id = files.read_json(kept)["id"]
+        files.write_json(kept, {"id": self.id})
         with open(os.path.join(out, "metrics.jsonl")) as file:
             self.row = sum(1 for _ in file)
         try:
@@ -472,11 +430,14 @@ MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table")
 # What may differ between the sessions or the machines of one run: nothing of it changes what is computed, but for the
 # order in which floating-point sums are taken.
 PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",
-           "print_every", "save_every", "track")
+           "print_every", "save_every", "track", "rank_timeout")
 # What may be larger than before when a run is resumed, so that a finished run goes on.
 GROWING = ("iterations", "steps")
 # What a run writes, into state/ or beside it, before it has done anything that is worth resuming.
-SET_UP = {"validation.jsonl", "test.jsonl", "initial.json", "tracker.json", "tensorboard", "wandb"}
+# What a run writes beside state/, and --overwrite deletes: another file in its directory is somebody else's.
+WRITTEN = re.compile(r"(config|summary|exact)\.json|(metrics|samples|table-\d+)\.jsonl|curves\.png|tensorboard|wandb|"
+                     r"(iter|step)-\d+")
+SET_UP = {"lock", "validation.jsonl", "test.jsonl", "initial.json", "tracker.json", "tensorboard", "wandb"}
 
 
 def lasting(settings):
@@ -489,14 +450,18 @@ def check_out(out, settings, resume, overwrite):
     Writes nothing: ask before long work."""
     if getattr(settings, "track", ""):
         load_tracker(settings.track)
-    config = os.path.join(out, "config.json")
-    if not os.path.isdir(out) or not os.listdir(out):
+    if not out:
+        raise UserError('--out "" names no directory; give one')
+    config, state = os.path.join(out, "config.json"), os.path.join(out, "state")
+    there = {name for name in (os.listdir(out) if os.path.isdir(out) else ()) if not files.HALF.fullmatch(name)}
+    if not there or there == {"state"} and set(os.listdir(state)) <= {"lock"}:
         return False
-    # a checkpoint has a config.json too, but no state/
-    a_run = os.path.isdir(os.path.join(out, "state")) and (os.path.exists(config) or os.listdir(out) == ["state"])
+    settings_there, now = files.read_json(config) if os.path.exists(config) else {}, lasting(settings)
+    # A checkpoint has a config.json too. A run of the other script shares a third of the names, an older one most.
+    a_run = there == {"state"} or os.path.isdir(state) and 4 * len(settings_there.keys() & now.keys()) >= len(now)
     if not a_run:
         raise UserError(f"--out {out} holds files that are not a run's; give another --out")
-    for name, value in lasting(settings).items() if overwrite else ():
+    for name, value in now.items() if overwrite else ():
         for part in [value, *value.split(","), *value.split(":")] if isinstance(value, str) and name != "out" else ():
             if part and os.path.exists(part) and os.path.abspath(part).startswith(os.path.abspath(out) + os.sep):
                 raise UserError(f"--overwrite would delete what --{name.replace('_', '-')} {value} names; give another "
@@ -505,9 +470,9 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} already holds files; give --resume to continue that run, --overwrite to replace "
                         "it, or another --out")
     if resume and os.path.exists(config):
-        now, default = lasting(settings), {field.name: field.default for field in dataclasses.fields(settings)}
+        default = {field.name: field.default for field in dataclasses.fields(settings)}
         later = {name: default[name] for name in now}           # what flags that came later were then
-        _check_same(out, later | read_json(config), now)
+        _check_same(out, later | settings_there, now)
     return True
 
 
@@ -561,29 +526,41 @@ class Run:
 
     def _prepare(self, settings, resume, overwrite):
         """Make the directory."""
-        a_run = check_out(self.out, settings, resume, overwrite)
-        if a_run and resume:
-            tidy(self.out)
-        elif a_run:
-            shutil.rmtree(self.out)
+        check_out(self.out, settings, resume, overwrite)
         os.makedirs(self.path("state"), exist_ok=True)
-        write_json(self.path("config.json"), lasting(settings))
+        self.lock = files.lock(self.path("state", "lock"), f"--out {self.out}")
+        a_run = check_out(self.out, settings, resume, overwrite)        # once more: another program may have been here
+        files.tidy(self.out)
+        if a_run and not resume:
+            for name in set(os.listdir(self.out)) - {"state"}:
+                if WRITTEN.fullmatch(name):
+                    files.remove(self.path(name))
+            for name in set(os.listdir(self.path("state"))) - {"lock"}:
+                files.remove(self.path("state", name))
+        files.write_json(self.path("config.json"), lasting(settings))
 
     def _load_state(self):
         path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
-        state = self._load(path)
+        state, keep = self._load(path), None
+        if not isinstance(state, dict):
+            state = {}
         if "shard" in state:
-            name, ranks = state.pop("shard")
+            with files.restoring(path):
+                name, ranks = state.pop("shard")
             if ranks != (dist.get_world_size() if dist.is_initialized() else 1):
                 raise UserError(f"--resume: {self.out} was saved in the middle of training by {ranks} processes; "
                                 "start as many")
-            state |= self._load(self._shard_path(name))
-        self.seconds = state["seconds"]
-        self.before = self.seconds.pop("total")
-        if self.rank == 0:  # rows written after the state was saved will be written again: drop them
-            self._truncate(state["sizes"])
+            keep = self._shard_path(name)
+            state |= self._load(keep)
+        with files.restoring(path):
+            state["iteration"], state["step"]                               # what both scripts go by
+            self.seconds = {name: float(value) for name, value in state["seconds"].items()}
+            self.before = self.seconds.pop("total")
+            if self.rank == 0:  # rows written after the state was saved will be written again: drop them
+                self._truncate({name: state["sizes"][name] for name in self.JOURNALS})
+        self.forget(rf"shard-.*-rank-{self.rank}\.pt", keep)
         return state
 
     def _load(self, path):
@@ -596,7 +573,7 @@ class Run:
     def _truncate(self, sizes):
         for name, size in sizes.items():
             with open(self.path(name), "ab") as file:
-                file.truncate(size)
+                file.truncate(min(size, file.tell()))                       # never longer: that would add NULs
 
     def path(self, *names):
         """A path inside the run directory."""
@@ -614,8 +591,7 @@ class Run:
         """Append one row to metrics.jsonl or samples.jsonl. A tracker gets those of metrics.jsonl, as train/loss and so
         on (the bare names `step` and `time` are some trackers' own)."""
         if self.rank == 0:
-            with open(self.path(journal), "a") as file:
-                file.write(json.dumps(row) + "\n")
+            files.append(self.path(journal), [row])
             if self.tracker and journal == "metrics.jsonl":
                 self.tracker.send(numbers_in(row, "train/"))
 
@@ -634,17 +610,39 @@ class Run:
         if shard is not None:
             state["shard"] = [f"{state['iteration']}-{state['step']}", ranks]
             keep = self._shard_path(state["shard"][0])
-            write_atomically(keep, lambda temporary: torch.save(shard, temporary))
+            files.save_tensors(keep, shard)
         barrier()
         if self.rank == 0:
+            for name in self.JOURNALS:              # the state counts on so many of their bytes
+                files.sync(self.path(name))
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
             state["seconds"] = self._seconds_and_total()
-            write_atomically(self.path("state", "state.pt"), lambda temporary: torch.save(state, temporary))
+            files.save_tensors(self.path("state", "state.pt"), state)
         barrier()
-        for name in os.listdir(self.path("state")):
-            if re.fullmatch(rf"shard-.*-rank-{self.rank}\.pt", name) and self.path("state", name) != keep:
-                remove(self.path("state", name))
+        self.forget(rf"shard-.*-rank-{self.rank}\.pt", keep)
         self.state = None  # loaded once, not kept in memory
+
+    def forget(self, pattern, keep=None):
+        """Delete the files in state/ whose whole names match the pattern, but not the path `keep`."""
+        for name in os.listdir(self.path("state")):
+            if re.fullmatch(pattern, name) and self.path("state", name) != keep:
+                files.remove(self.path("state", name))
+
+    def keep(self, name, digest, items):
+        """Write a list, and a digest of what it was made from, to state/<name>.json."""
+        if self.rank == 0:
+            files.write_json(self.path("state", f"{name}.json"), {"digest": digest, "items": items}, indent=None)
+
+    def kept(self, name, digest, count):
+        """The list of `count` items that `keep` wrote for this digest; None where there is none."""
+        path = self.path("state", f"{name}.json")
+        if not os.path.exists(path):
+            return None
+        with files.restoring(path):
+            known = files.read_json(path)
+            if known["digest"] == digest and len(known["items"]) != count:
+                raise ValueError
+        return known["items"] if known["digest"] == digest else None
 
     def training_state(self, iteration):
         """What an interrupted training left of this iteration: all that `save_state` was given, `step` among it; else
@@ -668,7 +666,7 @@ class Run:
         summary = {"method": method, "settings": dataclasses.asdict(settings), **environment(device, ranks),
                    "base": str(base), "seconds": seconds, "evaluations": evaluations}
         if self.rank == 0:
-            write_json(self.path("summary.json"), summary)
+            files.write_json(self.path("summary.json"), summary)
         return summary
 
     def say_where(self):

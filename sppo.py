@@ -69,6 +69,7 @@ import os
 import torch
 
 import challenger
+import files
 import kernels
 import model
 import plots
@@ -259,8 +260,9 @@ def trained(t, examples, statistics, job):
     # The optimizer starts afresh too: its moments belong to another regression.
     optimizer = kernels.Optimizer(net.parameters(), args.optimizer, args.weight_decay)
     if "weights" in state:                      # --resume in the middle of this iteration
-        net.load_state_dict(state.pop("weights"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        with files.restoring(record.path("state", "state.pt")):
+            net.load_state_dict(state.pop("weights"))
+            optimizer.load_state_dict(state.pop("optimizer"))
 
     per_epoch, first, best = math.ceil(len(examples) / args.batch_size), state["step"], state.get("best")
     steps, scheduled = args.epochs * per_epoch, (args.schedule_epochs or args.epochs) * per_epoch
@@ -296,9 +298,8 @@ def trained(t, examples, statistics, job):
                               shard={"optimizer": optimizer.state_dict()})
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
-    if job.rank == 0:                           # of another pi_{t+1}, from before this iteration was done again
-        for stale in begun_files(t + 1, record):
-            run.remove(stale)
+    if job.rank == 0:   # what a kill left of chunks that are in the table; what belongs to an earlier pi_{t+1}
+        record.forget(rf"(sampled|prompts|judged)-{t}\b.*|(sampled|prompts|judged|reference|magnet)-{t + 1}\b.*")
     run.rename_on_rank_0(record.path("state", "best"), job.pi_path(t + 1))
     record.save_state(iteration=t + 1, step=0)
 
@@ -318,14 +319,14 @@ def sampled(t, job):
     if args.self_play == "optimistic" and t > 1:
         before = drawn(t - 1, t, begun[1], job)
         rows = [row | texts for row, texts in zip(rows, before, strict=True)]
-    put_table(path, rows, begun[:3], job.rank)
+    put_table(path, rows, begun, job.rank)
     return rows
 
 
 def begun_files(t, record):
-    """What iteration t keeps in state/: until its table is whole answers of pi_t, of pi_{t-1}, prompts; log-probs."""
-    names = ("sampled-{}.jsonl", "sampled-{}-before.jsonl", "prompts-{}.jsonl", "reference-{}.json", "magnet-{}.json")
-    return [record.path("state", name.format(t)) for name in names]
+    """What iteration t keeps in state/ until its table is whole: answers of pi_t, of pi_{t-1}, prompts."""
+    return [record.path("state", name.format(t)) for name in ("sampled-{}.jsonl", "sampled-{}-before.jsonl",
+                                                              "prompts-{}.jsonl")]
 
 
 def prompts_of(t, job):
@@ -340,7 +341,7 @@ def prompts_of(t, job):
                                         ("prompts", t), job.args.prompts_per_iteration,
                                         challenger.unwanted(job.args, job.chat, *lists), job.shard)
         if job.rank == 0:
-            run.write_rows(path, [{"prompt": text} for text in texts])
+            files.write_rows(path, [{"prompt": text} for text in texts])
         run.barrier()
     return read_prompts(path)
 
@@ -438,20 +439,18 @@ def reference_logprobs(net, examples, args, t, shard, record, resumed=False):
 def kept_logprobs(net, name, examples, args, t, shard, record, resumed=False):
     """`sequence_logprobs` of all examples, a list of lists, kept in state/ for --resume with a digest of what they
     belong to."""
-    path, (rank, ranks) = record.path("state", f"{name}-{t}.json"), shard
-    digest = run.stream([e["responses"] for e in examples])
-    known = run.read_json(path) if os.path.exists(path) else {}
-    if known.get("digest") != digest:
+    (rank, ranks), digest = shard, run.stream([e["responses"] for e in examples])
+    refs = record.kept(f"{name}-{t}", digest, len(examples))
+    if refs is None:
         if resumed:
             raise run.UserError(f"--resume: iteration {t} was begun on another table; give that one, or another --out")
         refs, mine = [], examples[rank::ranks]
         with record.phase("reference"), torch.no_grad():
             for start in range(0, len(mine), args.micro_batch):
                 refs += sequence_logprobs(net, mine[start:start + args.micro_batch]).tolist()
-        known = {"digest": digest, "reference": run.gather(refs, len(examples))}
-        if rank == 0:
-            run.write_json(path, known, indent=None)
-    return known["reference"]
+        refs = run.gather(refs, len(examples))
+        record.keep(f"{name}-{t}", digest, refs)
+    return refs
 
 
 def draw_to_magnet(t, examples, job):
@@ -625,7 +624,7 @@ def set_up(argv):
                              "real prompts": PAPER | PAPER_LOSS["sppo"]}))
     # an embedded world's 300,000 parameters have no use for bfloat16
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
-    rank, ranks, device = run.init_ranks(device)
+    rank, ranks, device = run.init_ranks(device, args.rank_timeout)
     job = Job(args, device, dtype, (rank, ranks))
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
@@ -657,13 +656,13 @@ def set_up(argv):
     size = len(job.parts[0]) if job.parts else args.prompts_per_iteration
     if rank == 0:
         for name, (prompts, _) in job.held_out.items():     # so that others can evaluate on the same
-            run.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
+            files.write_rows(record.path("state", f"{name}.jsonl"), map(as_row, prompts))
         if "prompts" in needs(args):                        # what a resumed run must not change
-            run.write_json(record.path("state", "initial.json"), {
+            files.write_json(record.path("state", "initial.json"), {
                 "initial": str(job.base), "iterations": shorter_sessions(began, args) + [args.iterations],
                 "sources": digests(sources), "size": size})
         if args.table:                                      # where the phases look for it
-            run.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
+            files.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
     run.barrier()
     evaluation = winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows, max_total_tokens=args.max_total_tokens)
     job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, evaluation, args.seed, job.shard)

@@ -22,6 +22,7 @@ import os
 import torch
 
 import challenger
+import files
 import kernels
 import run
 from chat import Prompt, answer_limit, as_turn, read_text, stored, turns_of, without_thinking
@@ -234,9 +235,9 @@ def judge_answers(rows, judge, shard):
 def put_table(path, rows, begun, rank):
     """Writes a phase's whole result as the file `path`, in place of the files `begun` with its chunks."""
     if rank == 0:
-        run.write_rows(path, rows)
+        files.write_rows(path, rows)
         for chunks in begun:
-            run.remove(chunks)
+            files.remove(chunks)
     run.barrier()
 
 
@@ -386,6 +387,6 @@ def check_training_rows(rows, args, chat, *held_out):
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
     begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
-    if begun and run.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
+    if begun and files.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
         raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
                             "another --out")

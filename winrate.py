@@ -19,6 +19,7 @@ import os
 
 import torch
 
+import files
 import games
 import prefmodel
 import rollout
@@ -143,9 +144,13 @@ class Scoreboard:
         self.seed, self.shard = seed, shard
         self.rows_file, self.base_file = (record.path("state", name) for name in ("evaluations.json", "base_side.json"))
         self.harder = harder_prompts(judge, chat, sampling, len(prompts["test"][0]) if "test" in prompts else 0)
-        self.rows = run.read_json(self.rows_file)["evaluations"] if os.path.exists(self.rows_file) else []
-        known = run.read_json(self.base_file) if os.path.exists(self.base_file) else {}
-        self.base = {name: Opponent(**answers) for name, answers in known.items()}
+        self.rows, self.base = [], {}
+        if os.path.exists(self.rows_file):
+            with files.restoring(self.rows_file):
+                self.rows = list(files.read_json(self.rows_file)["evaluations"])
+        if os.path.exists(self.base_file):
+            with files.restoring(self.base_file):
+                self.base = {name: Opponent(**side) for name, side in files.read_json(self.base_file).items()}
 
     def __contains__(self, name):
         """Has a model of this name been evaluated?"""
@@ -158,7 +163,7 @@ class Scoreboard:
                 self.base[name] = opponent(net, self.chat, self.prompts[name][1], self.sampling,
                                            run.stream(self.seed, name), self.shard)
         if self.shard[0] == 0:
-            run.write_json(self.base_file, {name: dataclasses.asdict(sides) for name, sides in self.base.items()})
+            files.write_json(self.base_file, {name: dataclasses.asdict(sides) for name, sides in self.base.items()})
 
     def add(self, name, net, more=lambda: {}):
         """Evaluate `net` as the row `name`, with the figures of more() besides. Returns the row. The first one is the
@@ -173,7 +178,7 @@ class Scoreboard:
         self.rows += [row, *greedy]
         self.record.track_evaluation(row)
         if self.shard[0] == 0:
-            run.write_json(self.rows_file, {"evaluations": self.rows})
+            files.write_json(self.rows_file, {"evaluations": self.rows})
         return row
 
     def accuracy(self, net, kind):

@@ -22,6 +22,7 @@ import re
 
 import torch
 
+import files
 import flags
 import games
 import plots
@@ -105,7 +106,7 @@ def summary_of(path):
     file = os.path.join(path, "summary.json")
     if not os.path.exists(file):
         raise run.UserError(f"{file} does not exist; exact needs the directory of an sppo.py or lsp.py run")
-    summary = run.read_json(file)
+    summary = files.read_json(file)
     if (summary.get("settings") or {}).get("world") not in world.WORLDS:
         raise run.UserError(f"{file} is of no embedded world; nobody knows the right answers elsewhere (see "
                             "eval.py verify and eval.py winrate)")
@@ -138,7 +139,7 @@ def checkpoints(path):
 def measured(path, summary, args):
     """One run's {"checkpoint": its name, kind: [Q] float64 of 1 where the answer is right, 0 elsewhere}."""
     names, file = checkpoints(path), os.path.join(path, "exact.json")
-    known = run.read_json(file) if os.path.exists(file) else {}
+    known = files.read_json(file) if os.path.exists(file) else {}
     chosen = names[-1]
     if args.stop:
         rates = [rights(path, name, summary, "validation", "", args.count, known).mean() for name in names]
@@ -146,7 +147,7 @@ def measured(path, summary, args):
     kind_of = {"": args.count} | (dict.fromkeys(entry_of(summary).harder, args.harder) if args.harder else {})
     found = {kind or "ordinary": rights(path, chosen, summary, args.part, kind, count, known)
              for kind, count in kind_of.items()}
-    run.write_json(file, known, indent=None)
+    files.write_json(file, known, indent=None)
     return {"checkpoint": chosen, **found}
 
 
@@ -266,12 +267,12 @@ def style_rows(contestants, args):
 def iterate_styles(path, name, summary, args):
     """Style shares [3] float64 of a checkpoint's answers at temperature 1, one to each of args.count queries."""
     file = os.path.join(path, "exact.json")
-    known = run.read_json(file) if os.path.exists(file) else {}
+    known = files.read_json(file) if os.path.exists(file) else {}
     queries = queries_of(summary["settings"]["world"], args.part, "", args.count)
     key = f"{name} {digest(path, name)} {args.part} styles {args.count} {queries_digest(queries)}"
     if key not in known:
         net, chat = load_checkpoint(os.path.join(path, name), "cpu", torch.float32)
         answers, _ = winrate.answer(net, chat, encoded(chat, queries), 1, SAMPLING, 0)
         known[key] = world.style_shares(sum(answers, []))
-        run.write_json(file, known, indent=None)
+        files.write_json(file, known, indent=None)
     return torch.tensor(known[key], dtype=torch.float64)

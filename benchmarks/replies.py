@@ -16,6 +16,7 @@ import json
 import os
 import sys
 
+import files
 import run
 
 
@@ -42,7 +43,7 @@ class Replies:
         self.known, self.report = {}, None
         self._check_writable()
         if os.path.exists(self.beside):
-            file = run.read_json(self.beside)
+            file = files.read_json(self.beside)
             self._check_same(file.get("settings") or {})
             self.report = file.get("report") if os.path.exists(out) else None
         elif os.path.exists(out) or os.path.exists(self.partial):
@@ -98,7 +99,7 @@ class Replies:
         with self._writing():
             if not os.path.exists(self.beside):
                 os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
-                run.write_json(self.beside, {"settings": self.settings})
+                files.write_json(self.beside, {"settings": self.settings})
             with open(self.partial, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(reply) + "\n" for reply in replies))
         self.known.update(replies)
@@ -121,9 +122,9 @@ class Replies:
     def finish(self, rows, report, as_list):
         """Write the benchmark's file, one JSON list or one object a line, and the report beside it."""
         with self._writing():
-            (run.write_json if as_list else run.write_rows)(self.out, rows)
-            run.write_json(self.beside, {"settings": self.settings, "report": report})
-            run.remove(self.partial)
+            (files.write_json if as_list else files.write_rows)(self.out, rows)
+            files.write_json(self.beside, {"settings": self.settings, "report": report})
+            files.remove(self.partial)
         self.report = report
 
 

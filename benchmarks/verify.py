@@ -26,6 +26,7 @@ from math import isnan, prod        # the name `math` is the reward's
 
 import torch
 
+import files
 import flags
 import run
 from benchmarks import programs
@@ -488,7 +489,7 @@ def main(argv):
         marks = [[check(args.task, _reference_text(args.task, problem.reference), text) for text in problem.texts]
                  for problem in problems]
     if args.marks:
-        run.write_rows(args.marks, [{"problem": (_names(problem.reference) or [problem.where])[-1], "sample": i,
+        files.write_rows(args.marks, [{"problem": (_names(problem.reference) or [problem.where])[-1], "sample": i,
                                      **mark._asdict()}
                                     for problem, of_one in zip(problems, marks) for i, mark in enumerate(of_one)])
     figures = _figures(args.task, marks)

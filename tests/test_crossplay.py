@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eval
+import files
 import games
 import model
 import prefmodel
@@ -131,7 +132,7 @@ def test_crossplay_on_the_embedded_world(base, ruined, capsys, monkeypatch):
     eval.main(["crossplay", base, ruined, "twin", "--count", "150", "--device", "cpu", "--out", "x/y", "--json"])
     row = json.loads(capsys.readouterr().out)
     assert loaded == [base, ruined, "twin"]
-    assert row == run.read_json("x/y/crossplay.json") and is_png("x/y/crossplay.png")
+    assert row == files.read_json("x/y/crossplay.json") and is_png("x/y/crossplay.png")
     P, errors = torch.tensor(row["payoff"]), torch.tensor(row["payoff_se"])
     assert (P + P.T - 1).abs().max() < 1e-6 and P.diagonal().tolist() == [0.5] * 3 and row["prompts"] == 150
     assert abs(P[0, 2] - 0.5) < 4 * errors[0, 2] and P[0, 1] > 0.5 + 3 * errors[0, 1] > 0.5

@@ -6,6 +6,7 @@ import os
 import pytest
 
 import eval
+import files
 import run
 import winrate
 import world
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 def test_plot_command(capsys):
     for name in ("a", "b"):
         os.mkdir(name)
-        run.write_json(f"{name}/summary.json", {"evaluations": [ROW, {**ROW, "name": "base, greedy"}, TRAINED]})
+        files.write_json(f"{name}/summary.json", {"evaluations": [ROW, {**ROW, "name": "base, greedy"}, TRAINED]})
     eval.main(["plot", "a/"])
     assert "wrote a/curves.png" in capsys.readouterr().out and is_png("a/curves.png")
     eval.main(["plot", "a", "b"])

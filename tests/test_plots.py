@@ -6,6 +6,7 @@ import os
 import pytest
 
 import eval
+import files
 import plots
 import run
 from conftest import ROW, TRAINED, circle_summary, is_png
@@ -177,7 +178,7 @@ def test_plot_command_reads_the_log(capsys):
     for name, summary in (("a", sppo_run()), ("b", lsp_run())):
         os.mkdir(name)
         log = summary.pop("metrics")
-        run.write_json(f"{name}/summary.json", summary)
+        files.write_json(f"{name}/summary.json", summary)
         with open(f"{name}/metrics.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in log)
     eval.main(["plot", "a", "b"])

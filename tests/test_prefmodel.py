@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DebertaV2Config, DebertaV2Model
 
+import files
 import kernels
 import pairrm
 import prefmodel
@@ -271,23 +272,23 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     path = str(tmp_path / "table.jsonl")
     rows = [{"prompt": p, **conversations("a", "None\n\nb", prompt=p), "prompt_ids": [4],
              "tokens": [[1], [2, 3]], "finish": ["stop", "length"]} for p in ("é \u2028 0", "é \u2028 1")]
-    run.write_rows(path, rows)
+    files.write_rows(path, rows)
     assert read_table(path) == rows and answer_texts(rows[0]) == ["a", "None\n\nb"]
     judged = [row | verdict_columns(row, torch.tensor([[0.5, 0.75], [0.25, 0.5]])) for row in rows]
-    run.write_rows(path, judged)
+    files.write_rows(path, judged)
     assert read_table(path, judged=True) == judged == read_table(path)
 
 
 def test_tables_of_other_tools(tmp_path):
     """Answers as plain text; no prompt beside the conversations; Phats as stored, though the matrix says otherwise."""
     path = str(tmp_path / "table.jsonl")
-    run.write_rows(path, [{"prompt": "q", "generate_0": "a", "generate_1": "b"}])
+    files.write_rows(path, [{"prompt": "q", "generate_0": "a", "generate_1": "b"}])
     assert read_table(path) == [{"prompt": "q", **conversations("a", "b")}]
-    run.write_rows(path, [conversations("a", "b") | {"probability": [[0.5, 0.25], [0.75, 0.5]]}])
+    files.write_rows(path, [conversations("a", "b") | {"probability": [[0.5, 0.25], [0.75, 0.5]]}])
     row, = read_table(path, judged=True)
     assert row["prompt"] == "q" and row["chosen"] == row["generate_1"] and row["chosen_probs_win"] == 0.625
     talks = conversations("a", "b")
-    run.write_rows(path, [{"chosen": talks["generate_0"], "rejected": talks["generate_1"],
+    files.write_rows(path, [{"chosen": talks["generate_0"], "rejected": talks["generate_1"],
                                   "chosen_probs_win": 1, "chosen_probs_lose": 0}])
     row, = read_table(path, judged=True)
     assert row["prompt"] == "q" and (row["chosen_probs_win"], row["chosen_probs_lose"]) == (1, 0)

@@ -1,16 +1,17 @@
-"""run.py: flags, seeds, files that are never half-written, and a run directory that survives being killed."""
+"""run.py: devices, seeds, and a run directory that survives being killed."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
-import re
 import sys
 import types
 
 import pytest
 import torch
 
+import files
 import flags
 import run
 from flags import UserError, flag
@@ -30,112 +31,9 @@ class Settings:
     overwrite: bool = flag(False, "replace")
 
 
-def parse(*argv):
-    return flags.parse(Settings, list(argv), "what it does")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# flags
-
-
-def test_defaults_and_types():
-    assert parse() == Settings()
-    s = parse("--rate", "1e-3", "--steps=7", "--limit", "2", "--kind", "b", "--batch-size", "8", "--no-shuffle",
-              "--resume")
-    assert s == Settings(0.001, 7, 2, "b", 8, False, True) and type(s.limit) is int and type(s.rate) is float
-    assert parse("--rate", "2").rate == 2.0
-
-
-@pytest.mark.parametrize("argv", [["--nonsense", "1"], ["--step", "1"], ["--batch_size", "1"], ["--steps", "1.5"],
-                                  ["--rate", "x"],
-                                  ["--limit", "None"], ["--kind", "c"], ["stray"], ["--steps"]])
-def test_what_cannot_be_parsed_ends_with_status_2(argv, capsys):
-    """--step guards against argparse's abbreviations: a misspelt flag would silently set another one."""
-    with pytest.raises(SystemExit) as end:
-        parse(*argv)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("error: ") == 1 and argv[0] in error
-
-
-def test_help_lists_every_field_with_its_default(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and "what it does" in text and "50 % unless given [0.5]" in " ".join(text.split())
-    for field in dataclasses.fields(Settings):
-        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"] in " ".join(text.split())
-
-
-@dataclasses.dataclass
-class WithPreset(Settings):
-    preset: str = flag("", "several settings at once", ("fast", "slow"))
-
-
-@dataclasses.dataclass
-class Bounded:
-    """Flags with bounds: one of each kind."""
-    model: str = flag("", "needed", needed=True)
-    k: int = flag(5, "answers", at_least=2)
-    lr: float | None = flag(None, "decided at set-up", above=0)
-    top_p: float = flag(1.0, "nucleus", above=0, at_most=1)
-    warmup: float = flag(0.1, "share", at_least=0, at_most=1)
-    free: float = flag(0.0, "any finite number")
-
-
-@pytest.mark.parametrize("settings, says", [
-    ({}, "--model is needed and was not given; --help says what it is"), ({"k": 1}, "--k 1 must be at least 2"),
-    ({"lr": 0.0}, "--lr 0.0 must be above 0"), ({"lr": -1e-3}, "--lr -0.001 must be above 0"),
-    ({"lr": float("inf")}, "--lr inf must be a finite number"), ({"free": float("nan")}, "--free nan must be a finite"),
-    ({"top_p": 0.0}, "--top-p 0.0 must be above 0 and at most 1"),
-    ({"top_p": 1.5}, "--top-p 1.5 must be above 0 and at most 1"),
-    ({"warmup": -0.1}, "--warmup -0.1 must be at least 0 and at most 1"), ({"warmup": float("nan")}, "--warmup nan")])
-def test_a_number_outside_its_bounds_is_one_sentence(settings, says):
-    given = {"model": "m", **settings} if settings else {}
-    with pytest.raises(UserError, match=re.escape(says)):
-        flags.check(Bounded(**given))
-    words = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    with pytest.raises(UserError, match=re.escape(says)):
-        flags.parse(Bounded, words, "")
-
-
-def test_numbers_at_their_bounds_pass():
-    flags.check(Bounded("m", k=2, lr=1e-9, top_p=1.0, warmup=0.0, free=-7.0))
-    flags.check(Bounded("m", lr=None, warmup=1.0))
-
-
-@dataclasses.dataclass
-class Derived(run.CommonSettings):
-    """A script's flags: its own, and those that both scripts have."""
-    rate: float | None = flag(None, "of learning", above=0)
-
-
-def test_help_shows_what_a_flag_is_where_it_is_not_given(capsys):
-    """Numbers stand once, in the tables of defaults; --help reads them from there. A script's own flags come first."""
-    with pytest.raises(SystemExit):
-        flags.parse(Derived, ["--help"], "", defaults={"here": {"rate": 0.5, "other": 1}, "there": {"rate": 2e-3}})
-    text = " ".join(capsys.readouterr().out.split())
-    assert "of learning [here 0.5, there 0.002]" in text and text.index("--rate") < text.index("--seed")
-
-
-def test_a_flag_beside_a_preset_wins():
-    """Whichever comes first, and also where it gives the default: the person who wrote it meant it."""
-    def preset(*argv):
-        return flags.parse(WithPreset, list(argv), "", {"fast": dict(steps=9, kind="b", shuffle=False, limit=4),
-                                                      "slow": dict(rate=0.25)})
-
-    assert preset() == WithPreset()
-    assert preset("--preset", "fast") == WithPreset(steps=9, kind="b", shuffle=False, limit=4, preset="fast")
-    assert preset("--preset", "slow", "--steps", "5") == WithPreset(rate=0.25, steps=5, preset="slow")
-    for argv in (["--steps", "3", "--kind=a", "--shuffle", "--preset", "fast"],
-                 ["--preset=fast", "--shuffle", "--kind", "a", "--steps", "3"]):
-        assert preset(*argv) == WithPreset(limit=4, preset="fast")
-
-
-def test_an_unknown_preset_ends_with_status_2(capsys):
-    with pytest.raises(SystemExit) as end:
-        flags.parse(WithPreset, ["--preset", "medium"], "", {"fast": {}, "slow": {}})
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "--preset" in error and "medium" in error and error.count("\n") == 1
+def everything():
+    return {os.path.join(where, name): open(os.path.join(where, name), "rb").read() for where, _, names in os.walk(".")
+            for name in names}
 
 
 def call(function, monkeypatch, capsys):
@@ -151,6 +49,18 @@ def test_main_turns_a_user_error_into_one_sentence(monkeypatch, capsys):
         raise UserError(f"--steps {argv[1]} is too few; give more")
 
     assert call(wrong, monkeypatch, capsys) == (2, "error: --steps 1 is too few; give more\n")
+
+
+def test_main_names_the_file_that_the_system_refuses(monkeypatch, capsys):
+    """Where no `files.writing` stands around it. An error without a number is a bug, and keeps its traceback."""
+    status, error = call(lambda argv: open("no/such/file"), monkeypatch, capsys)
+    assert status == 2 and error.startswith("error: no/such/file: No such file or directory; mend that")
+
+    def strange(argv):
+        raise OSError("without a number")
+
+    with pytest.raises(OSError):
+        run.main(strange)
 
 
 def test_main_does_not_hide_a_bug(monkeypatch):
@@ -203,68 +113,6 @@ def test_shuffled():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def folder(name, text):
-    """A writer, for write_atomically, of a directory with one file."""
-    def write(path):
-        os.makedirs(path)
-        with open(os.path.join(path, name), "w") as file:
-            file.write(text)
-    return write
-
-
-def everything():
-    return {os.path.join(where, name): open(os.path.join(where, name)).read() for where, _, names in os.walk(".")
-            for name in names}
-
-
-def test_write_atomically_replaces_files_and_directories():
-    run.write_json("f.json", {"a": [1]})
-    run.write_json("f.json", {"a": [2]})
-    run.write_atomically("d", folder("old", "1"))
-    run.write_atomically("d", folder("new", "2"))
-    assert everything() == {"./f.json": '{\n "a": [\n  2\n ]\n}\n', "./d/new": "2"}
-
-
-def test_a_failing_writer_leaves_the_old_one_and_nothing_else():
-    run.write_json("f.json", 1)
-    run.write_atomically("d", folder("old", "1"))
-    before = everything()
-
-    def fails(path):
-        folder("half", "x")(path)
-        raise OSError("disk full")
-
-    for path in ("d", "f.json", "fresh"):
-        with pytest.raises(OSError, match="disk full"):
-            run.write_atomically(path, fails)
-    with pytest.raises(TypeError):
-        run.write_json("f.json", {"a": object()})  # fails after the first bytes
-    assert everything() == before
-
-
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_failing_rename_leaves_the_old_directory(fails_at, monkeypatch):
-    """A directory is replaced by two renames. If the second fails the old one, which stepped aside, must not be
-    thrown away."""
-    run.write_atomically("d", folder("old", "1"))
-    rename, calls = os.replace, []
-
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == fails_at:
-            raise OSError("no rename")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="no rename"):
-        run.write_atomically("d", folder("new", "2"))
-    assert "1" in everything().values()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the run directory
 
 
@@ -272,12 +120,12 @@ def lines(path):
     return open(path).read().splitlines()
 
 
-def saved(**state):
+def saved(iteration=0, **state):
     """A run in ./r with one metrics row before its saved state and one after."""
     r = run.Run("r", Settings())
     r.write("metrics.jsonl", {"step": 1})
     r.seconds["train"] = 2.0
-    r.save_state(**state)
+    r.save_state(iteration=iteration, **state)
     r.write("metrics.jsonl", {"step": 2})
     r.write("samples.jsonl", {"late": True})
     return r
@@ -321,7 +169,7 @@ class Staged(Settings):
 
 def test_stages_of_one_run_share_its_directory():
     """What a stage works on is no setting of the run: the next stage resumes the last one's directory."""
-    run.Run("r", Staged(stage="sample")).save_state(step=0)
+    run.Run("r", Staged(stage="sample")).save_state(iteration=1, step=0)
     r = run.Run("r", Staged(stage="train", iteration=2, table="t.jsonl"), resume=True)
     assert r.state["step"] == 0 and "stage" not in json.load(open("r/config.json"))
     with pytest.raises(UserError, match="batch_size = 4, now it is 5"):
@@ -342,7 +190,7 @@ def test_a_directory_named_like_a_pattern():
         for step in (1, 2):
             r.save_state(iteration=0, step=step, shard={"a": step})
     for name in ("r1", "r1-more", "r[1]*"):
-        assert sorted(os.listdir(f"{name}/state")) == ["shard-0-2-rank-0.pt", "state.pt"]
+        assert sorted(os.listdir(f"{name}/state")) == ["lock", "shard-0-2-rank-0.pt", "state.pt"]
         assert run.Run(name, Settings(), resume=True).training_state(0)["a"] == 2
 
 
@@ -373,7 +221,7 @@ def test_a_finished_run_may_grow():
 def test_further_iterations_may_have_further_sources():
     run.Run("r", Growing(prompts="a.jsonl,b.jsonl")).save_state(iteration=3, step=0)
     for wrong in ("a.jsonl,b.jsonl.gz", "a.jsonl", "b.jsonl,a.jsonl,c.jsonl"):
-        with pytest.raises(UserError, match=f"now it is {wrong}; give the same --prompts .a comma and further sources may"):
+        with pytest.raises(UserError, match=f"now it is {wrong}; give the same --prompts .a comma and further"):
             run.Run("r", Growing(iterations=3, prompts=wrong), resume=True)
     assert run.Run("r", Growing(iterations=3, prompts="a.jsonl,b.jsonl,c.jsonl"), resume=True).state["iteration"] == 3
     config = json.load(open("r/config.json"))
@@ -404,7 +252,76 @@ def test_a_directory_that_holds_a_run_is_not_touched_without_a_word():
 def test_overwrite_replaces_a_run():
     saved(step=1)
     r = run.Run("r", Settings(batch_size=5), overwrite=True)
-    assert r.state is None and lines("r/metrics.jsonl") == [] and os.listdir("r/state") == []
+    assert r.state is None and lines("r/metrics.jsonl") == [] and os.listdir("r/state") == ["lock"]
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else():
+    """Somebody's notes, and the directory that another's link leads to, stay."""
+    saved(step=1)
+    os.makedirs("far/model")
+    for name in ("r/iter-1", "r/step-20", "r/tensorboard", "r/notes"):
+        os.mkdir(name)
+    os.symlink("../far/model", "r/iter-2")
+    for name in ("r/notes.txt", "r/table-1.jsonl", "r/my-table-1.jsonl", "r/curves.png", "r/iter-1/config.json",
+                 "r/iter-3.tmp-5", "far/model/weights"):
+        open(name, "w").close()
+    run.Run("r", Settings(), overwrite=True)
+    assert sorted(os.listdir("r")) == ["config.json", "metrics.jsonl", "my-table-1.jsonl", "notes", "notes.txt",
+                                       "samples.jsonl", "state"]
+    assert os.listdir("far/model") == ["weights"]
+
+
+def test_a_linked_out_is_overwritten_behind_the_link():
+    os.mkdir("disk")
+    os.symlink("disk", "r")
+    saved(step=1)
+    assert run.Run("r", Settings(), overwrite=True).state is None
+    assert os.path.islink("r") and "config.json" in os.listdir("disk")
+    with pytest.raises(UserError, match='--out "" names no directory'):
+        run.Run("", Settings())
+
+
+def test_a_run_in_use_is_refused_before_anything_is_touched(monkeypatch):
+    """Two programs on one directory would each write every row."""
+    r = saved(step=1)
+    before = everything()
+    with open("r/state/lock", "w") as file:             # as another program on this machine writes it
+        file.write("process 1 on elsewhere\n")
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="--out r is in use by another program .process 1 on elsewhere."):
+            run.Run("r", Settings(), **how)
+    assert {**everything(), "./r/state/lock": None} == {**before, "./r/state/lock": None}
+    del r
+    assert run.Run("r", Settings(), resume=True).state["step"] == 1
+
+
+@pytest.mark.parametrize("left", [{}, {"iteration": 0, "step": 1}, [], 3,
+                                  {"iteration": 0, "step": 1, "seconds": {}, "sizes": 3},
+                                  {"iteration": 0, "step": 1, "seconds": {"total": 1.0}, "sizes": {}}])
+def test_a_state_without_its_keys_is_one_sentence(left):
+    saved(step=1)
+    torch.save(left, "r/state/state.pt")
+    with pytest.raises(UserError, match="^r/state/state.pt is damaged .*; remove it, and --resume makes again what it"):
+        run.Run("r", Settings(), resume=True)
+
+
+def test_a_journal_shorter_than_the_state_says_is_not_filled_up():
+    saved(step=1)
+    os.truncate("r/metrics.jsonl", 3)
+    run.Run("r", Settings(), resume=True)
+    assert open("r/metrics.jsonl").read() == '{"s'
+
+
+def test_what_is_kept_is_found_by_its_digest():
+    r = run.Run("r", Settings())
+    r.keep("reference-1", 5, [[0.5], [1.5]])
+    assert r.kept("reference-1", 5, 2) == [[0.5], [1.5]] and r.kept("reference-1", 6, 2) is None
+    assert r.kept("reference-2", 5, 2) is None
+    for damage in ("", "{}", '{"digest": 5, "items": [[0.5]]}', '{"digest": 5}', '{"digest": 5, "items": null}'):
+        with open("r/state/reference-1.json", "w") as file:
+            file.write(damage)
+        with pytest.raises(UserError, match="r/state/reference-1.json is damaged"):
+            r.kept("reference-1", 5, 2)
 
 
 @pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "model.safetensors"]])
@@ -424,15 +341,15 @@ def test_state_is_replaced_atomically(monkeypatch):
     """A kill or a full disk while the state is written: the old state stays good."""
     r = saved(step=1)
 
-    def full(value, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
+    def full(value, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="disk full"):
-        r.save_state(step=2)
-    assert os.listdir("r/state") == ["state.pt"] and run.Run("r", Settings(), resume=True).state["step"] == 1
+    with pytest.raises(UserError, match="state.pt cannot be written .No space left on device.; what was saved before"):
+        r.save_state(iteration=0, step=2)
+    assert sorted(os.listdir("r/state")) == ["lock", "state.pt"]
+    assert run.Run("r", Settings(), resume=True).state["step"] == 1
 
 
 def test_what_a_kill_left_behind_is_removed_on_resume():
@@ -444,7 +361,7 @@ def test_what_a_kill_left_behind_is_removed_on_resume():
     open("r/state/state.pt.tmp-123", "w").close()
     run.Run("r", Settings(), resume=True)
     assert sorted(os.listdir("r")) == ["config.json", "metrics.jsonl", "samples.jsonl", "state"]
-    assert os.listdir("r/state") == ["state.pt"]
+    assert sorted(os.listdir("r/state")) == ["lock", "state.pt"]
 
 
 class Trap:
@@ -463,7 +380,7 @@ def test_a_directory_that_had_stepped_aside_comes_back():
             os.makedirs(f"r/state/{name}")
     run.Run("r", Settings(), resume=True)
     assert os.listdir("r/state/best") == ["old"] and os.listdir("r/state/other") == []
-    assert sorted(os.listdir("r/state")) == ["best", "other", "state.pt"]
+    assert sorted(os.listdir("r/state")) == ["best", "lock", "other", "state.pt"]
 
 
 def test_a_state_that_would_run_code_is_not_loaded():
@@ -719,11 +636,11 @@ def test_a_loss_that_is_no_number_stops_a_run():
 def test_what_was_begun_is_no_fresh_start(capsys):
     """The message would be untrue: answers that were sampled before a kill are used."""
     r = run.Run("r", Settings())
-    run.write_rows(r.path("state", "test.jsonl"), [{"prompt": "p"}])        # written before any work
+    files.write_rows(r.path("state", "test.jsonl"), [{"prompt": "p"}])        # written before any work
     run.Run("r", Settings(), resume=True)
     assert "starting afresh" in capsys.readouterr().out
     for begun in (r.path("state", "sampled-1.jsonl"), r.path("table-1.jsonl")):
-        run.write_rows(begun, [{"a": 1}])
+        files.write_rows(begun, [{"a": 1}])
         run.Run("r", Settings(), resume=True)
         assert "starting afresh" not in capsys.readouterr().out
         os.remove(begun)
@@ -734,7 +651,7 @@ def test_only_rank_0_writes(capsys):
     before = everything()
     other = run.Run("r", Settings(), rank=1)
     other.write("metrics.jsonl", {"step": 1})
-    other.save_state(step=1)
+    other.save_state(iteration=0, step=1)
     other.say("hello")
     assert everything() == before and capsys.readouterr().out == ""
 

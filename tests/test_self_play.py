@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import files
 import flags
 import games
 import kernels
@@ -364,8 +365,8 @@ def test_a_table_without_what_optimistic_play_needs(whole, base):
     """From plain play, in iteration 2; and the official training table, which has no probabilities, in iteration 1."""
     plain = [{name: value for name, value in row.items() if name not in ("answers_before", "probability_before")}
              for row in lines(f"{whole('optimistic')}/table-2.jsonl")]
-    run.write_rows("plain.jsonl", plain)
-    run.write_rows("bare.jsonl", [{"chosen": row["chosen"], "rejected": row["rejected"], "chosen_probs_win": 0.7,
+    files.write_rows("plain.jsonl", plain)
+    files.write_rows("bare.jsonl", [{"chosen": row["chosen"], "rejected": row["rejected"], "chosen_probs_win": 0.7,
                                    "chosen_probs_lose": 0.3} for row in plain])
     shutil.copytree(whole("optimistic"), "old")
     shutil.rmtree("old/iter-2")
@@ -389,11 +390,11 @@ def test_a_table_without_what_optimistic_play_needs(whole, base):
 def test_columns_that_cannot_be_used(column, value, sentence):
     row = {"prompt": "q", "generate_0": "a", "generate_1": "b", "answers_before": ["c", "d"],
            "probability_before": [0.5, 0.5]}
-    run.write_rows("t.jsonl", [row])
+    files.write_rows("t.jsonl", [row])
     assert read_table("t.jsonl")[0]["answers_before"] == ["c", "d"]
-    run.write_rows("t.jsonl", [{**row, column: value}])
+    files.write_rows("t.jsonl", [{**row, column: value}])
     with pytest.raises(UserError, match=f"--table t.jsonl, line 1: {sentence}; make the table again"):
         read_table("t.jsonl")
-    run.write_rows("t.jsonl", [row, {"prompt": "q", "generate_0": "a", "generate_1": "b"}])
+    files.write_rows("t.jsonl", [row, {"prompt": "q", "generate_0": "a", "generate_1": "b"}])
     with pytest.raises(UserError, match="--table t.jsonl, line 2: answers_before stands in some rows alone; make the"):
         read_table("t.jsonl")

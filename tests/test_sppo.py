@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import eval
+import files
 import flags
 import kernels
 import model
@@ -981,7 +982,7 @@ def foreign(columns):
             row = {"prompt": prompt, **{f"generate_{k}": talk for k, talk in enumerate(talks)},
                    "probability": [[0.5, 0.75, 0.25], [0.25, 0.5, 0.5], [0.75, 0.5, 0.5]]}
         rows.append(row)
-    run.write_rows("foreign.jsonl", rows)
+    files.write_rows("foreign.jsonl", rows)
     return rows
 
 
@@ -1143,7 +1144,7 @@ def test_a_table_of_held_out_prompts_is_refused(base, part):
     """What a checkpoint is chosen or measured by must not train it."""
     prompt = world.OPERATIONS.queries(part, 3000)[-1]
     talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in "ab"]
-    run.write_rows("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
+    files.write_rows("t.jsonl", [{"prompt": prompt, "generate_0": talks[0], "generate_1": talks[1],
                                        "probability": [[0.5, 0.75], [0.25, 0.5]]}])
     with pytest.raises(UserError, match="sets aside for validation"):
         sppo.main(argv(model=base, world="operations", out="out", stage="train", table="t.jsonl",
