@@ -10,14 +10,18 @@ Every text here is data, whoever wrote it: `breaker` spoils the marks by which a
 text can pose as a turn, a header or an end to whoever reads it.
 """
 
+import contextlib
 import glob
 import gzip
 import json
 import math
 import os
 import re
+import signal
+import threading
 import zlib
 
+import checkpoints
 import files
 import model
 import run
@@ -426,11 +430,39 @@ def _template_marks(tokenizer):
     for roles in (("user", "assistant", "user", "assistant"), ("system", "user", "assistant")):
         talk = [{"role": role, "content": f"content{i}"} for i, role in enumerate(roles)]
         try:
-            text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
+            with bounded():
+                text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
         except Exception:   # no template, or one that refuses this talk
             continue
         lines += [line.strip() for piece in re.split(r"content\d", text) for line in piece.split("\n")]
     return set(MARK.findall("\n".join(lines))) | {line for line in lines if line.endswith(":")}
+
+
+@contextlib.contextmanager
+def bounded(seconds=5, memory=2**30):
+    """A chat template is a stranger's program. Ends the block with TimeoutError after so many seconds, and with
+    MemoryError where it takes so many bytes more; on Linux, in the main thread, and nowhere else."""
+    if not os.path.exists("/proc/self/statm") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource
+
+    def out_of_time(number, frame):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if limits[0] == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, limits[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def template_options(text):
@@ -474,10 +506,12 @@ class Template:
         self.options = TEMPLATE_DATE | off | given
         talk = [{"role": "system", "content": "content0"}, {"role": "user", "content": "content1"}]
         try:
-            self.has_system = "content0" in self._render(talk, tokenize=False)
+            with bounded():
+                self.has_system = "content0" in self._render(talk, tokenize=False)
         except Exception:       # Gemma's raises, and Mistral's wants turns to alternate
             self.has_system = False
-        self.opens_thinking = self._written(talk[1:], tokenize=False).rstrip().endswith(THINKING[0])
+        with bounded():
+            self.opens_thinking = self._written(talk[1:], tokenize=False).rstrip().endswith(THINKING[0])
 
     def ids(self, turns, header=True):
         """Turns, a list of {"role", "content"}, as a list of ids. header: the assistant's comes last, to be answered
@@ -511,7 +545,7 @@ class Chat:
     def __init__(self, path, net, options=""):
         import transformers
 
-        self.directory = model.fetch(path)
+        self.directory = checkpoints.fetch(path)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.directory)
         except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer

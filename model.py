@@ -1,5 +1,5 @@
-"""The decoder transformer of Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Phi-3, Phi-4 and Gemma 2, its KV cache, and
-Hugging Face checkpoints.
+"""The decoder transformer of Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Phi-3, Phi-4 and Gemma 2, and its
+KV cache.
 
 The one idea to take from this file: a transformer is token-wise (norms, projections, MLP act on each token alone)
 except for attention, which decides what each token may look at. So the network here takes a flat pack of N tokens and a
@@ -12,12 +12,12 @@ except for attention, which decides what each token may look at. So the network 
 
 All three run the same lines of `Layer.forward`, for the toy and for a 7B checkpoint alike.
 
-What the families differ in stands in `Config`. Llama, Mistral, Qwen2, Qwen3 and Phi are one network up to a bias, a
-norm or a window. SmolLM3 leaves every fourth layer without RoPE: there a token knows only which tokens came before it.
-OLMo 2 norms what each sublayer gives to the residual stream in place of what it takes from it. Gemma 2 norms both, and
-bounds whatever else could grow: embeddings are multiplied by sqrt(H) as they leave the table (the tied head wants rows
-of length 1, the layers want numbers of size 1), and a tanh bends attention scores and logits into (-cap, cap). Its
-norms multiply by 1 + weight, so a weight of 0 means "no change", and weight decay pulls towards that.
+What the families differ in stands in `checkpoints.Config`. Llama, Mistral, Qwen2, Qwen3 and Phi are one network up to
+a bias, a norm or a window. SmolLM3 leaves every fourth layer without RoPE: there a token knows only which tokens came
+before it. OLMo 2 norms what each sublayer gives to the residual stream in place of what it takes from it. Gemma 2
+norms both, and bounds whatever else could grow: embeddings are multiplied by sqrt(H) as they leave the table (the tied
+head wants rows of length 1, the layers want numbers of size 1), and a tanh bends attention scores and logits into
+(-cap, cap). Its norms multiply by 1 + weight, so a weight of 0 means "no change", and weight decay pulls towards that.
 
 Left out: Phi's longrope, whose frequencies change with a text's length, so that cached keys would no longer fit, and
 the rotation of only a part of each head, which its published checkpoints have together with longrope.
@@ -28,166 +28,16 @@ held by a cache row; M response tokens, those that a loss is about.
 """
 
 import dataclasses
-import glob
 import os
-import shutil
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import files
 import kernels
-import run
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# configuration
-
-
-@dataclasses.dataclass
-class Config:
-    """What distinguishes the families. `raw` is the config.json it came from, kept so that it can be written back."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm_eps: float = 1e-6
-    rope: dict = dataclasses.field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    tied: bool = False               # the head is the transposed embedding
-    qkv_bias: bool = False           # Qwen2: biases on queries, keys and values only
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: str = None              # RMSNorm of queries and keys: "head" by head (Qwen3), or "all" at once (OLMo 2)
-    norm_in: bool = True             # a norm on what each sublayer reads: all but OLMo 2
-    norm_out: bool = False           # a norm on what each sublayer adds: OLMo 2, Gemma 2
-    windows: tuple = ()              # per layer: None, or how many latest tokens (itself included) a token sees
-    rotated: tuple = ()              # per layer: does RoPE tell positions there? () = everywhere, as in all but SmolLM3
-    fused: bool = False              # Phi: queries, keys and values are one weight in the file, gate and up another
-    gemma: bool = False              # norms times 1 + weight; embeddings times sqrt(H); GELU
-    attention_scale: float = None    # factor on the scores, None = head_dim ** -0.5
-    attention_cap: float = None      # scores become cap * tanh(score / cap)
-    logit_cap: float = None          # so do the logits
-    raw: dict = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_hf(cls, raw, where="config.json"):
-        """Read a config.json in the spelling of transformers 5 or older. Raises UserError for what is not supported."""
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise run.UserError(f"{where} has model_type {family!r}, which is not supported; "
-                                f"give a {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]} checkpoint")
-        c = {**MISSING.get(family, {}), **raw}
-        key, act = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
-        if c.get(key, act) != act:
-            raise run.UserError(f"{where} has {key} {c[key]!r}; only {act} is supported")
-        try:
-            heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
-            attention_bias = c.get("attention_bias", False)     # Qwen2 has no such key: its biases are always the same
-            rope, rotated = _read_rope(c, family, where), _read_rotated(c, family, layers, where)
-            max_positions = c.get("max_position_embeddings", 2048)
-            if rope["rope_type"] == "yarn":     # Qwen's cards switch it on and leave max_position_embeddings as it was
-                max_positions = max(max_positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
-            return cls(
-                vocab_size=c["vocab_size"],
-                hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
-                num_layers=layers, num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
-                head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-                max_positions=max_positions, norm_eps=c.get("rms_norm_eps", 1e-6),
-                rope=rope, tied=c.get("tie_word_embeddings", False),
-                qkv_bias=family == "qwen2" or attention_bias, out_bias=family != "qwen2" and attention_bias,
-                mlp_bias=c.get("mlp_bias", False), qk_norm={"qwen3": "head", "olmo2": "all"}.get(family),
-                norm_in=family != "olmo2", norm_out=family in ("olmo2", "gemma2"), fused=family == "phi3",
-                windows=_read_windows(c, family, rotated, layers, where), rotated=rotated,
-                **_read_gemma(c, family, where), raw=raw)
-        except KeyError as error:
-            raise run.UserError(f"{where} lacks {error}; is it a complete Hugging Face checkpoint?") from None
-
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gemma2")     # phi-4's is phi3 too
-
-# What transformers fills in for a key that config.json leaves out, where that is not what it fills in for Llama
-MISSING = {
-    "mistral": dict(sliding_window=4096),
-    "smollm3": dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2000000.0,
-                    no_rope_layer_interval=4, tie_word_embeddings=True),
-    "olmo2": dict(rms_norm_eps=1e-5),
-    "phi3": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
-    "gemma2": dict(num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
-                   final_logit_softcapping=30.0, sliding_window=4096, max_position_embeddings=8192,
-                   tie_word_embeddings=True)}
-
-
-def _read_gemma(c, family, where):
-    """The fields of Config that only Gemma 2 sets; {} for the other families."""
-    if family != "gemma2":
-        return {}
-    if c.get("use_bidirectional_attention"):
-        raise run.UserError(f"{where} has use_bidirectional_attention; only causal attention is supported")
-    caps = ("attn_logit_softcapping", "final_logit_softcapping")
-    for key in ("query_pre_attn_scalar", *caps):
-        if c[key] is None and key in caps:
-            continue                                                        # null means that there is no cap
-        if not isinstance(c[key], (int, float)) or not c[key] > 0:
-            raise run.UserError(f"{where} has {key} {c[key]!r}; it must be a positive number")
-    return dict(gemma=True, attention_scale=c["query_pre_attn_scalar"] ** -0.5,
-                attention_cap=c["attn_logit_softcapping"], logit_cap=c["final_logit_softcapping"])
-
-
-def _read_rope(c, family, where):
-    """Config.rope: a dictionary with rope_type, rope_theta, and the numbers that rope_type needs. transformers 5 writes
-    it as rope_parameters; older versions as rope_scaling, null for the default, with rope_theta beside it."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in kernels.ROPE_NUMBERS or (family == "phi3" and kind != "default"):
-        raise run.UserError(f"{where} has rope_type {kind!r}; default, linear, llama3 and yarn are supported, and of "
-                            "phi3 checkpoints those with the default, such as the 4k models and phi-4")
-    if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1:
-        raise run.UserError(f"{where} has a partial_rotary_factor; only rotations of the whole head are supported")
-    if kind == "yarn":
-        rope.setdefault("original_max_position_embeddings", c.get("max_position_embeddings", 2048))
-    for key in kernels.ROPE_NUMBERS[kind]:
-        if not isinstance(rope.get(key), (int, float)):
-            raise run.UserError(f"{where} has rope_type {kind!r} without the number {key!r}; download it again")
-    return rope
-
-
-def _read_rotated(c, family, layers, where):
-    """Config.rotated. SmolLM3's no_rope_layers holds, against its name, a 1 for each layer WITH RoPE."""
-    if family != "smollm3":
-        return ()
-    flags = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in range(layers)]
-    if len(flags) < layers:
-        raise run.UserError(f"{where} has no_rope_layers for {len(flags)} of its {layers} layers; download it again")
-    return tuple(flag != 0 for flag in flags[:layers])
-
-
-def _read_windows(c, family, rotated, layers, where):
-    """Config.windows, one entry a layer. Which layers have a window follows from the family, or from layer_types."""
-    window, kinds = c.get("sliding_window"), c.get("layer_types")
-    if window is None or family in ("llama", "olmo2"):
-        return (None,) * layers
-    if family in ("mistral", "phi3"):
-        return (window,) * layers
-    if kinds:
-        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-            raise run.UserError(f"{where} has layer_types that are not {layers} times sliding_attention "
-                                "or full_attention; download it again")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if family == "gemma2":
-        return tuple(None if i % 2 else window for i in range(layers))      # the even layers
-    if not c.get("use_sliding_window"):
-        return (None,) * layers
-    if family == "smollm3":
-        return tuple(None if turns else window for turns in rotated)        # the layers without RoPE
-    first = c.get("max_window_layers", layers)                              # Qwen: the layers from this one on
-    return tuple(window if i >= first else None for i in range(layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,18 +451,20 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
         """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards. Raises UserError,
         naming the file, for an unknown family, a missing, misshapen or not finite weight, or a truncated file."""
-        path = fetch(path_or_hub_id)
-        where = os.path.join(path, "config.json")
-        config = Config.from_hf(files.read_json(where), where)
+        path = checkpoints.fetch(path_or_hub_id)
+        where, generation = (os.path.join(path, name) for name in ("config.json", "generation_config.json"))
+        config = checkpoints.Config.from_hf(files.read_json(where), where)
+        checkpoints.check_end_tokens(config.raw, where)
         with torch.device("meta"):                                              # no memory yet
             net = cls(config)
+        if os.path.exists(generation):
+            net.generation = files.read_json(generation)
+            checkpoints.check_end_tokens(net.generation, generation)
+        found = checkpoints.check_weights(net, path)
         net.to(dtype).to_empty(device=device)                                   # the type first: no float32 in between
         if config.tied:
             net.head.weight = net.embed.weight                                  # to_empty may part them
-        _fill(net, _read_tensors(path), path)
-        generation = os.path.join(path, "generation_config.json")
-        if os.path.exists(generation):
-            net.generation = files.read_json(generation)
+        checkpoints.fill(net, found)
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
@@ -628,10 +480,10 @@ class Transformer(nn.Module):
             os.makedirs(path)
             files.write_json(os.path.join(path, "config.json"), raw)
             files.write_json(os.path.join(path, "generation_config.json"), generation)
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _names(self).items()}
-            _write_tensors(tensors, path, max_shard_bytes)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoints.names_in(self).items()}
+            checkpoints.write_weights(tensors, path, max_shard_bytes)
             if isinstance(tokenizer, (str, os.PathLike)):
-                _copy_tokenizer(fetch(tokenizer), path)
+                checkpoints.copy_tokenizer(checkpoints.fetch(tokenizer), path)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(path)
         files.write_atomically(directory, write)
@@ -648,151 +500,3 @@ def response_logprobs(net, prompts, responses):
     hidden = net(view.tokens, view)                                             # [N, H]
     logprob = kernels.linear_logprob(hidden[view.source], net.head.weight, view.target, net.config.logit_cap)
     return logprob, view.row, view.rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the Hugging Face layout
-
-TOKENIZER_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-                   "tekken.json", "chat_template.*", "additional_chat_templates/*")
-
-
-def fetch(path_or_hub_id, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")):
-    """The directory of a checkpoint: a local one as it is, or a hub repository's files that match `patterns`,
-    downloaded (and cached) by huggingface_hub. Raises UserError where neither is to be had."""
-    if os.path.isdir(path_or_hub_id):
-        if os.path.isdir(os.path.join(path_or_hub_id, "state")):
-            raise run.UserError(f"{path_or_hub_id} is a run's directory; give a checkpoint in it, such as its iter-1")
-        return str(path_or_hub_id)
-    if (os.path.exists(path_or_hub_id) or str(path_or_hub_id).startswith((".", "/", "~"))
-            or str(path_or_hub_id).count("/") > 1):
-        raise run.UserError(f"{path_or_hub_id} is not a directory; "
-                            "give a Hugging Face checkpoint's directory or a hub id")
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(patterns),
-                                                 ignore_patterns=["original/*", "consolidated*"])
-    except Exception as error:  # the hub's client has a dozen kinds; each means that the checkpoint is not to be had
-        raise run.UserError(f"{path_or_hub_id} is no directory here, and the hub did not give it "
-                            f"({type(error).__name__}); check the name, the connection and, "
-                            "for gated models, `hf auth login`") from None
-
-
-def _copy_tokenizer(directory, path):
-    """Copy the tokenizer's files of a checkpoint's directory as they are. Written anew by transformers 5 they can be
-    unreadable to transformers 4, and lack the tokenizer.model that conversion to GGUF needs."""
-    found = [file for pattern in TOKENIZER_FILES for file in glob.glob(pattern, root_dir=directory)
-             if os.path.isfile(os.path.join(directory, file))]
-    if not found:
-        raise run.UserError(f"{directory} has no tokenizer to copy; put its files (tokenizer.json and so on) there")
-    for file in found:
-        target = os.path.join(path, file)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(os.path.join(directory, file), target)
-
-
-def _read_tensors(path):
-    """Yield (file, name, tensor) for every weight of a checkpoint directory, one at a time."""
-    import safetensors
-
-    index = os.path.join(path, "model.safetensors.index.json")
-    shards = ["model.safetensors"]
-    if os.path.exists(index):
-        try:
-            shards = sorted(set(files.read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise run.UserError(f"{index} has no weight_map; download it again") from None
-    for name in shards:
-        file = os.path.join(path, name)
-        if not os.path.exists(file):
-            raise run.UserError(f"{file} is missing; the checkpoint is incomplete or not in safetensors format "
-                                "(download or convert it again)")
-        try:
-            with safetensors.safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
-                    yield file, key, opened.get_tensor(key)
-        except safetensors.SafetensorError as error:
-            raise run.UserError(f"{file} is damaged or truncated ({error}); download it again") from None
-
-
-def _names(net):
-    """{Hugging Face's name of a weight: the tensor that holds it}, where ours are fused a slice of the fused one."""
-    c = net.config
-    names = {"model.embed_tokens.weight": net.embed.weight, "model.norm.weight": net.norm}
-    if not c.tied:
-        names["lm_head.weight"] = net.head.weight
-    q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-    for i, layer in enumerate(net.layers):
-        prefix = f"model.layers.{i}."
-        norms = {"input": layer.norm1, "post_attention": layer.norm2}           # this "post" stands before the MLP
-        if c.norm_out:
-            norms = {"input": layer.norm1, "post_attention": layer.norm1_out,
-                     "pre_feedforward": layer.norm2, "post_feedforward": layer.norm2_out}
-        for name, weight in norms.items():
-            if weight is not None:
-                names[f"{prefix}{name}_layernorm.weight"] = weight
-        if c.qk_norm:
-            names[prefix + "self_attn.q_norm.weight"] = layer.q_norm
-            names[prefix + "self_attn.k_norm.weight"] = layer.k_norm
-        # each of our linears, and the rows of it that each of theirs has
-        qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-        gate_up = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
-        if c.fused:
-            qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * mlp}
-        linears = ((layer.qkv, qkv), (layer.o, {"self_attn.o_proj": c.hidden_size}),
-                   (layer.down, {"mlp.down_proj": c.hidden_size}), (layer.gate_up, gate_up))
-        for kind in ("weight", "bias"):
-            for linear, sizes in linears:
-                tensor = getattr(linear, kind)
-                if tensor is not None:
-                    for name, part in zip(sizes, tensor.detach().split(list(sizes.values()))):
-                        names[f"{prefix}{name}.{kind}"] = part
-    return names
-
-
-@torch.no_grad()
-def _fill(net, tensors, path):
-    """Copy a checkpoint's weights, (file, name, tensor) each, into the net. Raises UserError unless every weight of the
-    net comes by in its shape and finite, and no other."""
-    names = _names(net)
-    missing = set(names)
-    for file, key, tensor in tensors:
-        if key not in names:
-            if key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"):
-                continue                        # tied to the embedding, or a constant that old checkpoints stored
-            raise run.UserError(f"{file} holds {key}, which a {net.config.raw['model_type']} model does not have; "
-                                "is config.json of another model?")
-        if tensor.shape != names[key].shape:
-            raise run.UserError(f"{file}: {key} has shape {list(tensor.shape)}, "
-                                f"config.json wants {list(names[key].shape)}; they do not belong together")
-        names[key].copy_(tensor)                # in place: this may be a slice of a fused weight
-        if not all(bound.isfinite() for bound in names[key].aminmax()):         # one reading, which passes NaN on
-            raise run.UserError(f"{file}: {key} holds NaN or infinite numbers; download the checkpoint again or, "
-                                "if a run of yours wrote it, take an earlier one")
-        missing.discard(key)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise run.UserError(f"{path} lacks the weight {sorted(missing)[0]}{more}"
-                            "; the checkpoint is incomplete, download it again")
-
-
-def _write_tensors(tensors, path, max_shard_bytes):
-    """Write model.safetensors, or shards with an index where it would exceed max_shard_bytes."""
-    from safetensors.torch import save_file
-
-    shards, sizes = [{}], [0]                   # sizes: bytes in each shard
-    for name, tensor in tensors.items():
-        if sizes[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
-    weight_map = {}                             # {name of a weight: its file}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, os.path.join(path, file), metadata={"format": "pt"})
-        weight_map |= {name: file for name in shard}
-    if len(shards) > 1:
-        files.write_json(os.path.join(path, "model.safetensors.index.json"),
-                       {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

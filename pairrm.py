@@ -30,7 +30,7 @@ import re
 import torch
 
 from chat import turns_of
-from model import fetch
+from checkpoints import fetch
 from run import UserError, progress
 
 

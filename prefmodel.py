@@ -45,7 +45,7 @@ import pairrm
 import rollout
 import world
 from chat import Prompt, Template, breaker, fill, load_checkpoint, read_template, shortened, turns_of, without_thinking
-from model import fetch
+from checkpoints import fetch
 from pairrm import ESTIMATORS, PairRM, batches_by_length, bradley_terry, pairwise_preference, rectangle
 from run import UserError, gather, progress, stream
 

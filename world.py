@@ -39,6 +39,7 @@ import time
 
 import torch
 
+import checkpoints
 import flags
 import model
 import rollout
@@ -408,7 +409,7 @@ def train_base(directory, world, device):
            "rope_parameters": {"rope_type": "default", "rope_theta": world.rope_theta}, "hidden_act": "silu",
            "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
            "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eot>"], "pad_token_id": ids["<pad>"]}
-    net = (model.Transformer(model.Config.from_hf(raw))
+    net = (model.Transformer(checkpoints.Config.from_hf(raw))
            .init_weights(torch.Generator().manual_seed(world.seed)).to(device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=world.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     print(f"training the tiny base on {device}, {world.steps} steps "

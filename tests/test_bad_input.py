@@ -2,6 +2,7 @@
 nothing half-written in --out. Everything goes through the commands themselves."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import eval
 import kernels
 import lsp
@@ -189,9 +191,17 @@ def test_long_prompts_are_dropped_only_when_told_so(real, complaint, capsys):
 # checkpoints
 
 
+TYPES = {torch.bool: "BOOL", torch.int64: "I64", torch.complex64: "C64", torch.uint8: "U8"}
+OUTSIDE = ("../model.safetensors", "/etc/passwd", "weights.bin", "", "sub/model.safetensors", 3)
+TEMPLATES = [("{% for", "cannot write user"), ("{{ raise_exception('only with tools') }}", "only with tools"),
+             ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}", "system first"),
+             ("{{ 'x' * 10**11 }}", "MemoryError"), ("{{ messages[7]['content'] }}", "no element 7"),
+             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not done after")]
+
+
 @pytest.mark.parametrize("change, says", [
     (edit("config.json", model_type="gpt2"), ["config.json", "'gpt2'"]),
-    (edit("config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
+    (edit("config.json", hidden_act="gelu"), ["config.json", 'hidden_act "gelu"']),
     (edit("config.json", vocab_size=None), ["config.json", "vocab_size"]),
     (edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["config.json", "'yarn'"]),
     (edit("config.json", intermediate_size=95), ["model.safetensors", "mlp", "96", "95"]),
@@ -209,11 +219,65 @@ def test_long_prompts_are_dropped_only_when_told_so(real, complaint, capsys):
     (lambda d: os.remove(f"{d}/chat_template.jinja"), ["chat template", "chat_template.jinja"]),
     (lambda d: [os.remove(f"{d}/{name}") for name in ("tokenizer.json", "tokenizer_config.json")], ["tokenizer"]),
     (lambda d: written(f"{d}/tokenizer.json", "{"), ["tokenizer"]),
+    (edit("config.json", num_hidden_layers=10**9), ["config.json has num_hidden_layers 1000000000; it must be"]),
+    (edit("config.json", eos_token_id=["</s>"]), ["config.json has eos_token_id", "a token's number or a list of such"]),
+    (edit("generation_config.json", eos_token_id=[1, None]), ["generation_config.json has eos_token_id [1, null]"]),
+    (edit("generation_config.json", eos_token_id={"id": 1}), ["generation_config.json has eos_token_id"]),
+    *[(weights(lambda w, kind=kind: w.update({"model.norm.weight": w["model.norm.weight"].to(kind)})),
+       [f"model.norm.weight is of type {name}"]) for kind, name in TYPES.items()],
+    *[(lambda d, name=name: written(f"{d}/model.safetensors.index.json", json.dumps({"weight_map": {"w": name}})),
+       ["index.json names", "only .safetensors files beside it"]) for name in OUTSIDE],
+    *[(lambda d, content=content: written(f"{d}/model.safetensors.index.json", content), ["index.json"])
+      for content in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 10**5)],
+    *[(lambda d, text=text: written(f"{d}/chat_template.jinja", text), ["chat template", why])
+      for text, why in TEMPLATES],
 ])
 def test_models(real, complaint, broken, change, says):
     path = broken(change)
     line = complaint([*real, "--model", path])
     assert path in line and all(word in line for word in says)
+
+
+def hostile_values():
+    """(key, value) for every key of config.json that is read, and for every value that it must not have."""
+    every = ["8", "", True, [], [8], {}, {"a": 1}, -1, 0, 1.5, 10**9, 10**30, math.nan, math.inf, -math.inf, None]
+    for key, (kind, *bounds) in checkpoints.KEYS.items():
+        for value in every:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = {int: isinstance(value, int) and number, float: number}.get(kind, isinstance(value, kind))
+            if value is None and key not in checkpoints.NEEDED:
+                continue
+            if not fits or bounds and not bounds[0] <= value <= bounds[1]:
+                yield key, value
+
+
+@pytest.mark.parametrize("key, value", list(hostile_values()))
+def test_a_key_of_config_json_with_a_value_of_another_kind(key, value, llama3):
+    """Read as every checkpoint's is, inside rope_parameters where it may stand there; nothing is built before."""
+    with open(f"{llama3}/config.json") as file:
+        good = json.load(file)
+    for bad in ({**good, key: value}, {**good, "rope_parameters": {"rope_type": "default", key: value}}):
+        with pytest.raises(run.UserError) as error:
+            checkpoints.Config.from_hf(json.loads(json.dumps(bad)), "there/config.json")
+        said = str(error.value)
+        assert said.startswith(f"there/config.json has {key} ") and "must be" in said and len(said) < 200
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(num_attention_heads=4, num_key_value_heads=3), "the last must divide the first"),
+    (dict(head_dim=7), "the dimensions be even"), (dict(hidden_size=2, head_dim=None), "the dimensions be even"),
+    (dict(layer_types=[["full_attention"]], model_type="qwen3", sliding_window=8), "layer_types"),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=4.0,
+                               high_freq_factor=4.0, original_max_position_embeddings=64)), "not below its high_freq"),
+    (dict(rope_scaling={"type": "su"}, rope_parameters=None), "rope_type 'su'"),
+    (dict(model_type=["llama"]), "supported"),
+    (dict(model_type={}), "not supported"), (dict(hidden_act=["silu"]), "hidden_act")])
+def test_keys_of_config_json_that_do_not_fit_together(changes, says, llama3):
+    with open(f"{llama3}/config.json") as file:
+        good = json.load(file)
+    with pytest.raises(run.UserError, match="^there/config.json has") as error:
+        checkpoints.Config.from_hf({**good, **changes}, "there/config.json")
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nobody/no-such-model"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import checkpoints
 import kernels
 import model
 import rollout
@@ -58,7 +59,7 @@ def test_a_wrong_kernel_ends_the_program(small_tiles, capsys, monkeypatch, name)
 
 @pytest.fixture(scope="module")
 def net():
-    config = model.Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    config = checkpoints.Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
                           num_kv_heads=2, head_dim=8, max_positions=64)
     return model.Transformer(config).init_weights(torch.Generator().manual_seed(0))
 

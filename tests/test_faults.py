@@ -6,14 +6,11 @@ many there were.
 """
 
 import builtins
-import errno
 import json
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +20,7 @@ import torch
 
 import lsp
 import sppo
-from conftest import ROOT, leave_png
+from conftest import leave_png
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.slow]
 
@@ -181,3 +178,97 @@ def test_a_crash_at_every_file_operation(script, settings, base):
         lambda out: shutil.rmtree(out, ignore_errors=True))
     print(f"\n{script.__name__}: {crashes} crashes, and as many runs that ended as the uninterrupted one did")
     assert crashes > 60
+
+
+def test_a_stage_crashes_at_every_file_operation(base):
+    """--stage train on a table of another run; the same command goes on where it was, without --resume."""
+    flags = words(model=base, **{**SPPO, "iterations": 1})
+    sppo.main([*flags, "--out", "other"])
+    train = [*flags, "--stage", "train", "--table", os.path.abspath("other/table-1.jsonl")]
+    crashes = crash_everywhere(
+        lambda out, number, *more: ended(child(sppo, [*train, "--out", out], number)),
+        lambda out: shutil.rmtree(out, ignore_errors=True))
+    print(f"\nsppo --stage train: {crashes} crashes, and as many runs that ended as the uninterrupted one did")
+    assert crashes > 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two processes
+
+
+def two(flags, numbers=(0, 0)):
+    """Start two ranks of sppo.py; numbers: at which file operation each crashes. Their ids. The key-value store belongs
+    to this process, as torchrun's does to torchrun."""
+    two.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [child(sppo, flags, numbers[rank], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(two.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+            for rank in (0, 1)]
+
+
+def test_one_of_two_ranks_crashes_at_every_file_operation(base):
+    """The other one ends within seconds, in a sentence; both resume to the same bits."""
+    flags = words(model=base, **{**SPPO, "iterations": 1, "epochs": 1})
+    sppo.main([*flags, "--out", "imports"])
+    assert [ended(pid) for pid in two([*flags, "--out", "whole"])] == [0, 0], log() + log(1)
+    want, operations = result("whole"), (count(0), count(1))
+    for rank in (0, 1):
+        for number in range(1, operations[rank] + 1):
+            shutil.rmtree("r", ignore_errors=True)
+            numbers = (number, 0) if rank == 0 else (0, number)
+            statuses = [ended(pid, 30) for pid in two([*flags, "--out", "r"], numbers)]
+            # near the end the other rank may have nothing left to wait for
+            assert statuses[rank] == 9 and statuses[1 - rank] in (0, 2) and "Traceback" not in log(1 - rank), (
+                number, log(1 - rank))
+            assert [ended(pid) for pid in two([*flags, "--out", "r", "--resume"])] == [0, 0], (number, log(), log(1))
+            check_same("r", "whole", want)
+    print(f"\ntwo ranks: {operations[0]} + {operations[1]} crashes, and as many runs that ended as the whole one did")
+    assert operations[0] > 40 and operations[1] > 2
+
+
+def wait_for(text, rank=0):
+    for _ in range(600):
+        if os.path.exists(f"log-{rank}") and text in log(rank):
+            return
+        time.sleep(0.05)
+    raise AssertionError(log(rank))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_in_training_is_noticed(stop, base):
+    """Within seconds of its death, and within --rank-timeout (here 5 seconds) where it lives but does not answer."""
+    flags = words(model=base, **{**SPPO, "prompts_per_iteration": 60, "epochs": 60, "save_every": 0})
+    pids = two([*flags, "--out", "r", "--rank-timeout", "0.08", "--print-every", "1"])
+    wait_for("step 4/")
+    os.kill(pids[1], stop)
+    start = time.time()
+    assert ended(pids[0], 30) == 2 and time.time() - start < 20
+    os.kill(pids[1], signal.SIGKILL)
+    ended(pids[1])
+    assert "another process of this run has ended, or did not answer" in log() and "Traceback" not in log()
+
+
+def test_an_error_on_rank_0_is_said_once_and_ends_both(base):
+    """Its directory goes away in the middle, while rank 1 waits for it."""
+    flags = words(model=base, **{**SPPO, "prompts_per_iteration": 60, "epochs": 60, "save_every": 1})
+    pids = two([*flags, "--out", "r", "--print-every", "1"])
+    wait_for("step 4/")
+    os.rename("r", "elsewhere")
+    assert [ended(pid, 30) for pid in pids] == [2, 2]
+    said = [line for line in (log() + log(1)).splitlines() if "error" in line]
+    assert len(said) == 1 and "its directory is gone" in said[0] and "Traceback" not in log() + log(1)
+
+
+def test_a_second_program_is_refused(base):
+    flags = words(model=base, **{**SPPO, "epochs": 60, "prompts_per_iteration": 60})
+    first = child(sppo, [*flags, "--out", "r", "--print-every", "1"])
+    wait_for("step 4/")
+    os.rename("log-0", "log-first")
+    assert ended(child(sppo, [*flags, "--out", "r", "--resume"])) == 2
+    assert f"error: --out r is in use by another program (process {first} on " in log()
+    os.kill(first, signal.SIGKILL)
+    assert ended(first) == -9
+    os.remove("log-0")
+    again = child(sppo, [*flags, "--out", "r", "--print-every", "1", "--resume"])
+    wait_for("step 6/")
+    os.kill(again, signal.SIGKILL)
+    ended(again)

@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 # Bottom first. benchmarks/ is one row: its files may import each other.
-ROOMS = ["flags", "files", "run", "kernels", "model", "rollout", "chat", "world", "challenger", "table", "games",
-         "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval", "sppo", "lsp", "bench"]
+ROOMS = ["flags", "files", "run", "kernels", "checkpoints", "model", "rollout", "chat", "world", "challenger", "table",
+         "games", "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval", "sppo", "lsp", "bench"]
 TOP_LEVEL = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "requirements.txt", "LICENSE", ".gitignore", ".ci",
              ".github", "assets", "docs", "tests", "benchmarks"} | {room + ".py" for room in ROOMS}
 FILES = sorted(os.path.relpath(path, ROOT) for pattern in ("*.py", "benchmarks/*.py")

@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistr
 import kernels
 import model
 import rollout
+from checkpoints import Config
 from model import Transformer
 from run import UserError
 
@@ -282,7 +283,7 @@ def config_of(family, **changes):
     """(Config of a config.json with nothing but model_type, sizes and `changes`; what transformers fills in there)."""
     sizes = {key: SIZE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                         "num_attention_heads")} | changes
-    return model.Config.from_hf({"model_type": family, **sizes}), transformers.AutoConfig.for_model(family, **sizes)
+    return Config.from_hf({"model_type": family, **sizes}), transformers.AutoConfig.for_model(family, **sizes)
 
 
 @pytest.mark.parametrize("family, changes", [("smollm3", dict(num_attention_heads=8)), ("olmo2", {}), ("phi3", {}),
@@ -292,7 +293,7 @@ def test_keys_that_are_left_out(family, changes):
     got, want = config_of(family, **changes)
     assert set(got.raw) == {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                             "num_attention_heads"}
-    filled = model.Config.from_hf(want.to_dict())
+    filled = Config.from_hf(want.to_dict())
     assert got == dataclasses.replace(filled, raw=got.raw, rope={key: filled.rope[key] for key in got.rope})
     assert got.tied == want.tie_word_embeddings and got.max_positions == want.max_position_embeddings
     assert got.num_kv_heads == want.num_key_value_heads and got.norm_eps == want.rms_norm_eps
@@ -647,7 +648,7 @@ def test_a_trailing_slash_is_the_same_directory(checkpoints, tmp_path):
     assert torch.equal(logits(Transformer.from_pretrained(tmp_path / "mine"), ROWS[0]), logits(net, ROWS[0]))
 
 
-@pytest.mark.parametrize("interruption", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("interruption", [OSError(28, "disk full"), KeyboardInterrupt()])
 def test_an_interrupted_save_leaves_the_old_checkpoint(checkpoints, tmp_path, monkeypatch, interruption):
     net = Transformer.from_pretrained(checkpoints["llama"][0])
     net.save_pretrained(tmp_path / "mine")
@@ -664,16 +665,16 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(checkpoints, tmp_path, mo
     monkeypatch.setattr(safetensors.torch, "save_file", write_two)
     with torch.no_grad():
         net.norm.add_(1)
-    with pytest.raises(type(interruption)):
+    with pytest.raises((UserError, KeyboardInterrupt)):
         net.save_pretrained(tmp_path / "mine", max_shard_bytes=20_000)
-    with pytest.raises(type(interruption)):
+    with pytest.raises((UserError, KeyboardInterrupt)):
         net.save_pretrained(tmp_path / "new", max_shard_bytes=20_000)
     assert len(written) == 2 and os.listdir(tmp_path) == ["mine"] and files(tmp_path / "mine") == before
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "gemma2", "gemma2-uncapped"])
 def test_init_weights_is_a_function_of_the_generator(name):
-    c = model.Config.from_hf(FAMILIES[name].to_dict())
+    c = Config.from_hf(FAMILIES[name].to_dict())
     nets = [Transformer(c).init_weights(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     a, b, other = (logits(net, ROWS[0]) for net in nets)
     assert torch.equal(a, b) and not torch.equal(a, other) and 0.3 < a.std() < 3  # an untrained net is unsure
@@ -730,7 +731,7 @@ INDEX = "model.safetensors.index.json"
 BAD = {  # what is done to a good checkpoint, the file that is named, and what else is said
     "unknown family": (edit_config(model_type="gpt2"), "config.json", "'gpt2'"),
     "no family": (edit_config(model_type=None), "config.json", "model_type"),
-    "activation": (edit_config(hidden_act="gelu"), "config.json", "'gelu'"),
+    "activation": (edit_config(hidden_act="gelu"), "config.json", 'hidden_act "gelu"'),
     "rope type": (edit_config(rope_parameters={"rope_type": "longrope"}), "config.json", "'longrope'"),
     "rope type, older": (edit_config(rope_parameters=None, rope_scaling={"type": "dynamic"}), "config.json", "dynamic"),
     "part of the head": (edit_config(partial_rotary_factor=0.75), "config.json", "partial_rotary_factor"),
@@ -781,11 +782,11 @@ def test_bad_checkpoints_of_other_families(checkpoints, tmp_path, how):
 
 
 BAD_GEMMA = {  # a change of config.json, and what is said
-    "activation": (dict(hidden_activation="gelu"), "'gelu'"),
+    "activation": (dict(hidden_activation="gelu"), 'hidden_activation "gelu"'),
     "both directions": (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     "a cap of nothing": (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping 0.0"),
-    "a cap in words": (dict(final_logit_softcapping="30"), "final_logit_softcapping '30'"),
-    "no scale": (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar None"),
+    "a cap in words": (dict(final_logit_softcapping="30"), "final_logit_softcapping \"30\""),
+    "no scale": (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar null"),
     "too few kinds of layers": (dict(layer_types=["full_attention"]), "layer_types"),
     "an unknown kind of layer": (dict(layer_types=["full_attention"] * 2 + ["chunked_attention"]), "3 times"),
     "weights of another family": (dict(model_type="mistral"), "post_feedforward_layernorm"),

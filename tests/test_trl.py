@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import challenger
+import checkpoints
 import flags
 import lsp
 import model
@@ -88,7 +89,7 @@ def test_one_update(trl, networks):
     ratio = lsp.reference_ratios(ref, game.prompts, game.answer_ids, game.token_logp, args, (0, 1))
     keep = Keep(policy)
     lsp.gradient_step(policy, keep, game, A_sol, A_ch, ratio, None, None, args, 1e-6)
-    grads = model._names(policy)                            # a view of each weight under Hugging Face's name ...
+    grads = checkpoints.names_in(policy)                            # a view of each weight under Hugging Face's name ...
     with torch.no_grad():
         for weight, grad in zip(policy.parameters(), keep.grads):
             weight.kept = weight.clone()
