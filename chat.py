@@ -77,8 +77,19 @@ def as_turn(turn):
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text")) for part in content)
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise ValueError(f"a turn has role {role!r}; only texts by system, user and assistant can be played")
-    return {"role": role, "content": content}
+        raise ValueError(f"a turn has role {str(role)[:40]!r}; only texts by system, user and assistant can be played")
+    return {"role": role, "content": readable(content)}
+
+
+def readable(text):
+    """The text itself. Raises ValueError where no tokenizer reads it, or not within seconds."""
+    if len(text) > 4_000_000:                   # about a million tokens
+        raise ValueError(f"a text of {len(text):,} characters is longer than any model reads")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, such as \\ud800, is no text") from None
+    return text
 
 
 def turns_of(prompt):
@@ -195,6 +206,8 @@ def prompt_of(row, flag, path, where):
     """The Prompt of one row, whatever the layout; the columns that it was not made of go with it."""
     try:
         used, turns = _conversation(row) if isinstance(row, dict) else ((), None)
+        if isinstance(turns, str):
+            readable(turns)
         if isinstance(turns, list):             # what was answered already is no part of the question
             users = [i for i, turn in enumerate(turns) if as_turn(turn)["role"] == "user"]
             turns = turns[:users[-1] + 1] if users else turns

@@ -143,8 +143,8 @@ def check_end_tokens(values, where):
     ids = values.get("eos_token_id")
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise run.UserError(f"{where} has eos_token_id {json.dumps(ids)[:40]}; it must be a token's number or a list of "
-                                "such; download it again")
+            raise run.UserError(f"{where} has eos_token_id {json.dumps(ids)[:40]}; it must be a token's number or a "
+                                "list of such; download it again")
 
 
 def _read_gemma(c, family, where):

@@ -21,6 +21,7 @@ import lsp
 import model
 import run
 import sppo
+from chat import read_prompts
 from conftest import PROMPTS, ROOT
 from test_prefmodel import decoder_checkpoint
 
@@ -119,6 +120,29 @@ def test_prompts_files(real, complaint, name, text, says):
         written(name, text)
     line = complaint([*real, "--prompts", name])
     assert f"--prompts {name}" in line and says in line
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"prompt": "a \\ud800 b"}', "line 1: half of a surrogate pair"),
+    (json.dumps({"prompt": "word " * 4_000_000}), "line 1: a text of 20,000,000 characters is longer than any model"),
+    (json.dumps({"messages": [{"role": "user", "content": "x" * 5_000_000}]}), "line 1: a text of 5,000,000 characters"),
+    ("[" * 10**6, "line 1: malformed JSON"), ('{"prompt":' + '{"a":' * 10**5, "line 1: malformed JSON"),
+    ('{"prompt": 1' + "0" * 5000 + "}", "line 1: malformed JSON"), ('{"prompt": NaN}', "line 1: no prompt found"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "a turn has role 'tool'"),
+    ('{"messages": [{"role": ' + '"' + "r" * 1000 + '", "content": "x"}]}', "a turn has role 'rrr")])
+def test_texts_that_no_tokenizer_reads(real, complaint, text, says):
+    """In seconds, and before a model is asked."""
+    with open("odd.jsonl", "w") as file:
+        file.write(text + "\n")
+    line = complaint([*real, "--prompts", "odd.jsonl"])
+    assert "odd.jsonl" in line and says in line and len(line) < 320
+
+
+def test_a_prompts_file_from_windows_and_a_zero_byte():
+    content = '\ufeff{"prompt": "a"}\r\n{"prompt": "b \\u0000 c"}\r\n\r\n'
+    with open("windows.jsonl", "w", encoding="utf-8", newline="") as written_to:
+        written_to.write(content)
+    assert [str(prompt) for prompt in read_prompts("windows.jsonl")] == ["a", "b \0 c"]
 
 
 def test_too_few_prompts(real, complaint):
@@ -617,3 +641,82 @@ def test_as_a_process(script, flags, says):
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not os.listdir(".")
     assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run directory that somebody or something has been at
+
+
+@pytest.fixture(scope="module")
+def interrupted(base, tmp_path_factory):
+    """A run that was interrupted in its first training, after a saved state, and its flags but for --out."""
+    where = tmp_path_factory.mktemp("run")
+    flags = ["--model", base, *SMALL, "--save-every", "1", "--epochs", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = sppo.gradient_step, []
+
+        def dies(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyError("as a kill would")
+            return real(*args)
+
+        patch.setattr(sppo, "gradient_step", dies)
+        patch.setattr(sppo, "plots", types.SimpleNamespace(plot=lambda runs, path: None))
+        with pytest.raises(KeyError, match="as a kill would"):
+            sppo.main([*flags, "--out", str(where / "out")])
+    return where / "out", flags
+
+
+def cut_rows(path):
+    """A list of rows, one of them gone."""
+    with open(path) as file:
+        value = json.load(file)
+    value["items"] = value["items"][:-1]
+    written(path, json.dumps(value))
+
+
+GARBAGE = ("", "{", "[]", "null", "3", "[" * 10**5, '{"a": 1}', "\0" * 100)
+TAMPERED = [
+    *[(name, lambda path, text=text: written(path, text), "remove it")
+      for name in ("state/evaluations.json", "state/reference-1.json") for text in GARBAGE],
+    *[("state/base_side.json", lambda path, text=text: written(path, text), "remove it")
+      for text in (*GARBAGE[:-2], '{"test": 3}', '{"test": {"sampled": []}}', '{"test": {"other": 1}}')],
+    *[("state/state.pt", lambda path, text=text: written(path, text), "start again with --overwrite") for text in GARBAGE],
+    *[("config.json", lambda path, text=text: written(path, text), "config.json") for text in GARBAGE[:6]],
+    ("config.json", lambda path: written(path, '{"a": 1}'), "are not a run's"),
+    ("state/reference-1.json", cut_rows, "remove it"),
+    ("state/evaluations.json", lambda path: written(path, '{"evaluations": 3}'), "remove it"),
+    ("state/state.pt", lambda path: os.truncate(path, 200), "start again with --overwrite"),
+    ("state/state.pt", lambda path: torch.save({}, path), "remove it"),
+    ("state/state.pt", lambda path: torch.save([1], path), "remove it"),
+    *[("state/state.pt", lambda path, key=key: without_key(path, key), "remove it")
+      for key in ("iteration", "step", "seconds", "sizes")],
+    ("state/state.pt", lambda path: with_key(path, weights={}), "remove it"),
+    ("state/state.pt", lambda path: with_key(path, shard=3), "remove it"),
+    ("state/state.pt", lambda path: with_key(path, shard=["gone", 1]), "shard-gone-rank-0.pt cannot be read"),
+    *[("table-1.jsonl", lambda path, text=text: written(path, text), "table-1.jsonl") for text in GARBAGE],
+    *[("state/initial.json", lambda path, text=text: written(path, text), "initial.json") for text in GARBAGE[:6]],
+    ("state/shard-1-2-rank-0.pt", lambda path: os.truncate(path, 100), "start again with --overwrite"),
+    ("state/shard-1-2-rank-0.pt", lambda path: os.remove(path), "start again with --overwrite"),
+    ("state/shard-1-2-rank-0.pt", lambda path: torch.save({"optimizer": {"inner": 3}}, path), "state.pt is damaged"),
+]
+
+
+def with_key(path, **values):
+    torch.save(torch.load(path, weights_only=True) | values, path)
+
+
+def without_key(path, key):
+    state = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != key}, path)
+
+
+@pytest.mark.parametrize("name, damage, says", TAMPERED)
+def test_a_damaged_run_directory(name, damage, says, interrupted, complaint, capsys):
+    """A sentence that names the file, and says whether to remove it; the rest of the run is left as it is."""
+    good, flags = interrupted
+    shutil.copytree(good, "out")
+    damage(os.path.join("out", name))
+    line = complaint([*flags, "--out", "out", "--resume"], out="out/iter-1")
+    assert says in line and ("--out out" in line or "out/state/" in line or os.path.basename(name) in line)

@@ -775,7 +775,7 @@ def contents(out):
         for name in names:
             path = os.path.join(where, name)
             short = os.path.relpath(path, out)
-            timed = short in ("summary.json", "curves.png", "config.json", "state/state.pt")
+            timed = short in ("summary.json", "curves.png", "config.json", "state/state.pt", "state/lock")
             files[short] = None if timed else open(path, "rb").read()
     return files
 
