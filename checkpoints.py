@@ -125,10 +125,10 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: 
          str: "a text"}
 
 
-def check_keys(c, where):
-    """Raises UserError, naming the key, where a value in KEYS has another type or lies outside its bounds."""
-    for key in KEYS.keys() & c.keys():
-        (kind, *bounds), value = KEYS[key], c[key]
+def check_keys(c, where, keys=KEYS):
+    """Raises UserError, naming the key, where a value has another type than in `keys` or lies outside its bounds."""
+    for key in keys.keys() & c.keys():
+        (kind, *bounds), value = keys[key], c[key]
         if value is None and key not in NEEDED:
             continue
         right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True

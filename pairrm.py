@@ -29,6 +29,7 @@ import re
 
 import torch
 
+import checkpoints
 from chat import turns_of
 from checkpoints import fetch
 from run import UserError, progress
@@ -156,16 +157,18 @@ class PairRM:
                  max_source=None, max_candidate=None, max_tokens=None):
         self.name, self.estimator, self.device, self.batch_tokens = f"pairrm:{path}", estimator, device, batch_tokens
         settings, config, self.tokenizer, weights, file = _open(path)
-        self.max_source = max_source or settings.get("source_maxlength", 1224)
-        max_candidate = max_candidate or settings.get("candidate_maxlength", 412)
+        self.max_source = max_source or settings.get("source_maxlength") or 1224
+        max_candidate = max_candidate or settings.get("candidate_maxlength") or 412
         self.max_tokens = max_tokens or self.max_source + 2 * max_candidate
         if self.max_source < 3 or self.max_tokens - self.max_source < 6:  # [CLS], marker and [SEP] of every segment
             raise ValueError(f"no room for a pair: max_source {self.max_source}, max_tokens {self.max_tokens}")
         self.pad = config.pad_token_id or 0
         self.markers = _marker_ids(self.tokenizer, settings, config, path)  # ids of source, candidate 1, candidate 2
         self.marks = mark_ids(self.tokenizer)
-        self.net = _network(config, settings.get("n_tasks", 1))
-        _load_strictly(self.net, weights, file)
+        with torch.device("meta"):              # no memory before the weights are known to fit
+            weights = _fitting(_network(config, settings.get("n_tasks") or 1), weights, file)
+        self.net = _network(config, settings.get("n_tasks") or 1)
+        self.net.load_state_dict(weights)
         self.net.eval().requires_grad_(False).to(device)
         self.net["pretrained_model"].to(dtype)  # the head stays float32: it is tiny, and its differences are the result
 
@@ -290,6 +293,18 @@ def _network(config, n_tasks):
 # opening a PairRM checkpoint
 
 
+# Every key of a config.json that is read here, and of DeBERTa's that sizes something: see checkpoints.KEYS.
+KEYS = {
+    **{key: checkpoints.KEYS[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                              "num_attention_heads", "max_position_embeddings")},
+    "max_relative_positions": (int, -1, 2**31), "position_buckets": (int, -1, 2**31),
+    "type_vocab_size": (int, 0, 2**20), "layer_norm_eps": (float, 0, 1), "relative_attention": (bool,),
+    "position_biased_input": (bool,),
+    "pad_token_id": (int, 0, 2**24), "source_maxlength": (int, 3, 2**20), "candidate_maxlength": (int, 3, 2**20),
+    "n_tasks": (int, 1, 1000), "source_prefix_id": (int, 0, 2**24), "cand1_prefix_id": (int, 0, 2**24),
+    "cand2_prefix_id": (int, 0, 2**24), "model_name": (str,), "ranker_type": (str,)}
+
+
 def _open(path):
     """(settings, DebertaV2Config, tokenizer, weights, weights file) of a checkpoint in either published layout.
 
@@ -313,7 +328,16 @@ def _open(path):
                         "PairRM on DeBERTa-v2 or v3")
     tokenizer = open_tokenizer(directory if os.path.exists(f"{directory}/tokenizer.json") else backbone)
     file = _weights_file(path)
-    weights, config = _read_weights(file), DebertaV2Config.from_dict(described)
+    checkpoints.check_keys(settings, f"{directory}/config.json", KEYS)
+    checkpoints.check_keys(described, f"{backbone}/config.json", KEYS)
+    try:
+        config = DebertaV2Config.from_dict(described)
+        with torch.device("meta"):              # no memory yet
+            _network(config, 1)
+    except Exception as error:                  # transformers raises whatever its code runs into
+        raise UserError(f"{backbone}/config.json does not describe a DeBERTa ({first_line(error)}); download it "
+                        "again") from None
+    weights = _read_weights(file)
     embedding = weights.get("pretrained_model.embeddings.word_embeddings.weight")
     if described is not settings and embedding is not None:
         config.vocab_size = len(embedding)  # the ranker resized the backbone's table to its own tokenizer
@@ -356,8 +380,9 @@ def _read_weights(file):
     raise UserError(f"{file} cannot be read ({reason}); it may be cut short: download it again")
 
 
-def _load_strictly(net, weights, file):
-    """Copy `weights` into `net`; UserError on the first key that is missing, left over or of another shape."""
+def _fitting(net, weights, file):
+    """The weights that the net has; UserError on the first that is missing, left over, of another shape, or no finite
+    floating-point number."""
     want = net.state_dict()
     # older transformers stored this buffer, which is a plain arange
     weights = {key: value for key, value in weights.items() if not key.endswith("embeddings.position_ids")}
@@ -369,9 +394,11 @@ def _load_strictly(net, weights, file):
             reason = f"has a weight {key} that the model described by its config.json does not have"
         elif weights[key].shape != want[key].shape:
             reason = f"has {key} of shape {list(weights[key].shape)}, its config.json asks for {list(want[key].shape)}"
+        elif not weights[key].is_floating_point() or not all(bound.isfinite() for bound in weights[key].aminmax()):
+            reason = f"has {key} with values that are no finite floating-point numbers"
         if reason:
             raise UserError(f"{file} {reason}; give the weights and the config of one checkpoint")
-    net.load_state_dict(weights)
+    return weights
 
 
 def open_tokenizer(directory):

@@ -40,6 +40,7 @@ import traceback
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import checkpoints
 import model
 import pairrm
 import rollout
@@ -414,7 +415,9 @@ def _open_reward(path, dtype):
     from transformers.utils import logging
 
     directory = fetch(path)
-    named = pairrm.read_json(directory).get("architectures")
+    described = pairrm.read_json(directory)
+    checkpoints.check_keys(described, f"{directory}/config.json", pairrm.KEYS | checkpoints.KEYS)
+    named = described.get("architectures")
     if not isinstance(named, list) or not any(str(name).endswith("ForSequenceClassification") for name in named):
         raise UserError(f"{directory}/config.json has architectures {named}, no ...ForSequenceClassification; give a "
                         "reward model such as Skywork/Skywork-Reward-V2-Llama-3.2-3B")

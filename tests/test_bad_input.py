@@ -19,6 +19,7 @@ import eval
 import kernels
 import lsp
 import model
+import pairrm
 import run
 import sppo
 from chat import read_prompts
@@ -328,6 +329,26 @@ def test_a_tokenizer_with_more_tokens_than_the_model(real, complaint, broken):
 def test_judges(real, complaint, judge):
     line = complaint([*real, "--judge", judge])
     assert judge.partition("./")[2] in line and (judge in line or "nowhere" in line or "no-such-judge" in line)
+
+
+def set_keys(**changes):
+    return edit("config.json", **changes)
+
+
+@pytest.mark.parametrize("change, says", [
+    *[(set_keys(**{key: value}), f"config.json has {key} ")
+      for key, (kind, *bounds) in pairrm.KEYS.items() for value in ([8], "8" if kind is not str else 8, -2, 10**10, True)
+      if not (kind is bool and value is True)],
+    (set_keys(hidden_size=33), "does not describe a DeBERTa"), (set_keys(pos_att_type=3), "does not describe a DeBERTa"),
+    (set_keys(hidden_act="no such function"), "does not describe a DeBERTa"), (set_keys(num_hidden_layers=5), "lacks"),
+    *[(weights(lambda w, kind=kind: w.update({"head_layer.4.bias": w["head_layer.4.bias"].to(kind)})),
+       "head_layer.4.bias with values that are no finite floating-point numbers") for kind in TYPES],
+    (weights(lambda w: w["head_layer.4.bias"].fill_(float("nan"))), "no finite floating-point numbers")])
+def test_a_broken_pairrm(change, says, real, complaint, request):
+    shutil.copytree(request.getfixturevalue("pairrm"), "judge")
+    change("judge")
+    line = complaint([*real, "--judge", "pairrm:judge"])
+    assert "judge" in line and says in line
 
 
 def test_unknown_layout_of_a_pairrm(real, complaint, llama3):
