@@ -133,10 +133,10 @@ def check_same(out, whole, want):
     for name in want:
         assert got[name] == want[name], name
     tables = []
-    for where in (out, whole):
+    for where in (out, whole) if "summary.json" in want else ():                            # a stage writes none
         with open(f"{where}/summary.json") as file:
             tables.append([row | {"seconds": 0} for row in json.load(file)["evaluations"]])
-    assert tables[0] == tables[1]
+    assert not tables or tables[0] == tables[1]
 
 
 def count(rank=0):
@@ -155,6 +155,7 @@ def crash_everywhere(start, prepare):
     prepare("whole")
     assert start("whole", 0) == 0, log()
     operations, want, here = count(), result("whole"), os.getcwd()
+    made = {name: text for name, text in want.items() if name.startswith("iter-")}
 
     def some(first):
         os.mkdir(f"crashes-{first}")
@@ -162,7 +163,11 @@ def crash_everywhere(start, prepare):
         for number in range(first, operations + 1, 2):
             prepare("r")
             assert start("r", number) == 9, f"operation {number} of {operations}: no crash. {log()}"
-            assert start("r", 0, "--resume") == 0, f"operation {number} of {operations}: {log()}"
+            status = start("r", 0, "--resume")
+            if status == 2 and "iter-1 is already there; remove it to train again" in log():    # a stage, at its end
+                assert {name: text for name, text in result("r").items() if name.startswith("iter-")} == made
+                continue
+            assert status == 0, f"operation {number} of {operations}: {log()}"
             check_same("r", os.path.join(here, "whole"), want)
         return 0
 
@@ -185,7 +190,7 @@ def test_a_stage_crashes_at_every_file_operation(base):
     """--stage train on a table of another run; the same command goes on where it was, without --resume."""
     flags = words(model=base, **{**SPPO, "iterations": 1})
     sppo.main([*flags, "--out", "other"])
-    train = [*flags, "--stage", "train", "--table", os.path.abspath("other/table-1.jsonl")]
+    train = [*flags, "--world", "operations", "--stage", "train", "--table", os.path.abspath("other/table-1.jsonl")]
     crashes = crash_everywhere(
         lambda out, number, *more: ended(child(sppo, [*train, "--out", out], number, OPERATIONS[:-1])),
         lambda out: shutil.rmtree(out, ignore_errors=True))
@@ -270,6 +275,6 @@ def test_a_second_program_is_refused(base):
     assert ended(first) == -9
     os.remove("log-0")
     again = child(sppo, [*flags, "--out", "r", "--print-every", "1", "--resume"])
-    wait_for("step 6/")
+    wait_for("of losers")                       # it trains
     os.kill(again, signal.SIGKILL)
     ended(again)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import files
-import flags
 import games
 import kernels
 import model
@@ -23,6 +22,7 @@ import sppo
 import world
 from chat import load_checkpoint
 from conftest import ROOT, Killed
+from flags import parse
 from run import UserError
 from table import answer_texts, judge_answers, ranked, read_table, training_examples
 from test_sppo import SMALL, TABLE, argv, contents, lines, same_files
@@ -329,7 +329,7 @@ def test_what_magnetic_play_begins_with():
     assert (args.magnet, args.magnet_every) == (0.33, 0)
     for name, value in (("magnet", "0"), ("magnet-every", "-1")):
         with pytest.raises(UserError, match=f"--{name} {float(value) if name == 'magnet' else value} must be"):
-            flags.parse(sppo.Settings, [f"--{name}", value], "")
+            parse(sppo.Settings, [f"--{name}", value], "")
 
 
 @pytest.mark.parametrize("rule, stage, t, gone", [("optimistic", "sample", 3, "iter-1"),
