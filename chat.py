@@ -443,8 +443,10 @@ def _template_marks(tokenizer):
     for roles in (("user", "assistant", "user", "assistant"), ("system", "user", "assistant")):
         talk = [{"role": role, "content": f"content{i}"} for i, role in enumerate(roles)]
         try:
-            with bounded():
+            with bounded(tokenizer.name_or_path):
                 text = tokenizer.apply_chat_template(talk, tokenize=False, **TEMPLATE_DATE)
+        except run.UserError:
+            raise
         except Exception:   # no template, or one that refuses this talk
             continue
         lines += [line.strip() for piece in re.split(r"content\d", text) for line in piece.split("\n")]
@@ -452,9 +454,9 @@ def _template_marks(tokenizer):
 
 
 @contextlib.contextmanager
-def bounded(seconds=5, memory=2**30):
-    """A chat template is a stranger's program. Ends the block with TimeoutError after so many seconds, and with
-    MemoryError where it takes so many bytes more; on Linux, in the main thread, and nowhere else."""
+def bounded(path, seconds=5, memory=2**30):
+    """A chat template is a stranger's program. Raises UserError where the block takes more seconds of this process's
+    time or more bytes than these; on Linux, in the main thread, and nowhere else."""
     if not os.path.exists("/proc/self/statm") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -466,15 +468,18 @@ def bounded(seconds=5, memory=2**30):
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     if limits[0] == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, limits[1]))
     try:
         yield
+    except (TimeoutError, MemoryError):
+        raise run.UserError(f"{path}: its chat template takes more than {seconds} seconds or {memory >> 20} MiB for a "
+                            "few short turns; mend its chat_template.jinja") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
@@ -519,11 +524,13 @@ class Template:
         self.options = TEMPLATE_DATE | off | given
         talk = [{"role": "system", "content": "content0"}, {"role": "user", "content": "content1"}]
         try:
-            with bounded():
+            with bounded(path):
                 self.has_system = "content0" in self._render(talk, tokenize=False)
+        except run.UserError:
+            raise
         except Exception:       # Gemma's raises, and Mistral's wants turns to alternate
             self.has_system = False
-        with bounded():
+        with bounded(path):
             self.opens_thinking = self._written(talk[1:], tokenize=False).rstrip().endswith(THINKING[0])
 
     def ids(self, turns, header=True):

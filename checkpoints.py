@@ -61,6 +61,7 @@ class Config:
                                 f"give a {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]} checkpoint")
         c = {**MISSING.get(family, {}), **raw}
         check_keys(c, where)
+        c = {key: value for key, value in c.items() if value is not None}
         key, act = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
         if c.get(key, act) != act:
             raise run.UserError(f"{where} has {key} {json.dumps(c[key])[:40]}; only {act} is supported")
@@ -120,7 +121,7 @@ KEYS = {
     "mscale_all_dim": (float, 0, 1e6), "truncate": (bool,), "original_max_position_embeddings": (int, 1, 2**31)}
 # Null is as good as no key at all, but for these, which a network cannot do without.
 NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "max_position_embeddings", "rms_norm_eps", "rope_theta", "query_pre_attn_scalar"}
+          "max_position_embeddings", "rms_norm_eps", "query_pre_attn_scalar"}
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
          str: "a text"}
 
@@ -154,7 +155,7 @@ def _read_gemma(c, family, where):
     if c.get("use_bidirectional_attention"):
         raise run.UserError(f"{where} has use_bidirectional_attention; only causal attention is supported")
     return dict(gemma=True, attention_scale=c["query_pre_attn_scalar"] ** -0.5,                 # null caps: no cap
-                attention_cap=c["attn_logit_softcapping"], logit_cap=c["final_logit_softcapping"])
+                attention_cap=c.get("attn_logit_softcapping"), logit_cap=c.get("final_logit_softcapping"))
 
 
 def _read_rope(c, family, where):
@@ -162,6 +163,7 @@ def _read_rope(c, family, where):
     it as rope_parameters; older versions as rope_scaling, null for the default, with rope_theta beside it."""
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
     check_keys(rope, where)
+    rope = {key: value for key, value in rope.items() if value is not None}
     rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
     rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in kernels.ROPE_NUMBERS or (family == "phi3" and kind != "default"):

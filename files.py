@@ -6,7 +6,7 @@ system refuses becomes one sentence that names the file.
 """
 
 import contextlib
-import glob
+import errno
 import json
 import os
 import platform
@@ -18,7 +18,8 @@ import torch
 from flags import UserError
 
 
-HALF = re.compile(r".*\.(tmp|old)-\d+")           # what a kill leaves in the middle of `write_atomically`
+HALF = re.compile(r"(.*)\.(tmp|old)-\d+")         # what a kill leaves in the middle of `write_atomically`
+HELD = set()                                        # the locks that this process has taken
 
 
 @contextlib.contextmanager
@@ -69,6 +70,9 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:                                                # some network disks sync no directory
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 
@@ -88,35 +92,34 @@ def lock(path, whose):
         return None
     with writing(path):
         file = open(path, "a+")
-    me = f"process {os.getpid()} on {platform.node()}"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read(100).strip()
-        if holder != me:
-            raise UserError(f"{whose} is in use by another program ({holder}); wait for it, end it, or give another "
-                            "--out") from None
+        if os.path.realpath(path) not in HELD:
+            raise UserError(f"{whose} is in use by another program ({file.read(100).strip() or 'it does not say which'}"
+                            "); wait for it, end it, or give another --out") from None
     except OSError:                                                         # a file system without locks
         return None
+    HELD.add(os.path.realpath(path))
     file.truncate(0)
-    file.write(me + "\n")
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
 
 
-def tidy(directory):
-    """Clear what a kill left in the middle of `write_atomically`: a half-written file goes, and an old directory that
-    had stepped aside for a new one comes back where the new one has not arrived."""
-    inside = os.path.join(glob.escape(directory), "**")
-    for left in glob.glob(os.path.join(inside, "*.tmp-*"), recursive=True):
-        remove(left)
-    for left in glob.glob(os.path.join(inside, "*.old-*"), recursive=True):
-        path = left[:left.rindex(".old-")]
-        if os.path.exists(path):
-            remove(left)
-        else:
+def tidy(directory, ours=re.compile(".*")):
+    """Clear what a kill left in a directory in the middle of `write_atomically`, of files whose names match `ours`: a
+    half-written one goes, and an old directory that had stepped aside comes back where the new one has not arrived."""
+    for left in filter(HALF.fullmatch, os.listdir(directory)):
+        name, kind = HALF.fullmatch(left).groups()
+        if not ours.fullmatch(name):
+            continue
+        left, path = os.path.join(directory, left), os.path.join(directory, name)
+        if kind == "old" and not os.path.exists(path):
             os.replace(left, path)
+        else:
+            remove(left)
 
 
 def remove(path):
@@ -145,13 +148,16 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def restoring(path):
+def restoring(path, remedy="begin again with --overwrite, or go on from the last good checkpoint (--model) in another "
+                           "--out"):
     """Raises UserError where the block finds in `path`, a file of an earlier session, not what a session writes."""
     try:
         yield
+    except torch.OutOfMemoryError:              # a RuntimeError too, and no fault of the file
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, UserError) as error:
         why = "no JSON object" if isinstance(error, UserError) else type(error).__name__
-        raise UserError(f"{path} is damaged ({why}); remove it, and --resume makes again what it held") from None
+        raise UserError(f"{path} is damaged ({why}); {remedy}") from None
 
 
 def write_json(path, value, indent=1):

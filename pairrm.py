@@ -165,7 +165,7 @@ class PairRM:
         self.pad = config.pad_token_id or 0
         self.markers = _marker_ids(self.tokenizer, settings, config, path)  # ids of source, candidate 1, candidate 2
         self.marks = mark_ids(self.tokenizer)
-        with torch.device("meta"):              # no memory before the weights are known to fit
+        with torch.device("meta"):              # no network in memory before the weights are known to fit it
             weights = _fitting(_network(config, settings.get("n_tasks") or 1), weights, file)
         self.net = _network(config, settings.get("n_tasks") or 1)
         self.net.load_state_dict(weights)
@@ -300,7 +300,7 @@ KEYS = {
     "max_relative_positions": (int, -1, 2**31), "position_buckets": (int, -1, 2**31),
     "type_vocab_size": (int, 0, 2**20), "layer_norm_eps": (float, 0, 1), "relative_attention": (bool,),
     "position_biased_input": (bool,),
-    "pad_token_id": (int, 0, 2**24), "source_maxlength": (int, 3, 2**20), "candidate_maxlength": (int, 3, 2**20),
+    "pad_token_id": (int, -1, 2**24), "source_maxlength": (int, 3, 2**20), "candidate_maxlength": (int, 3, 2**20),
     "n_tasks": (int, 1, 1000), "source_prefix_id": (int, 0, 2**24), "cand1_prefix_id": (int, 0, 2**24),
     "cand2_prefix_id": (int, 0, 2**24), "model_name": (str,), "ranker_type": (str,)}
 
@@ -316,6 +316,7 @@ def _open(path):
 
     directory = backbone = fetch(path, SMALL_FILES)
     settings = described = read_json(directory)
+    checkpoints.check_keys(settings, f"{directory}/config.json", KEYS)
     if settings.get("ranker_type") == "pairranker" and settings.get("model_name"):
         backbone = fetch(settings["model_name"], SMALL_FILES)
         described = read_json(backbone)
@@ -328,7 +329,6 @@ def _open(path):
                         "PairRM on DeBERTa-v2 or v3")
     tokenizer = open_tokenizer(directory if os.path.exists(f"{directory}/tokenizer.json") else backbone)
     file = _weights_file(path)
-    checkpoints.check_keys(settings, f"{directory}/config.json", KEYS)
     checkpoints.check_keys(described, f"{backbone}/config.json", KEYS)
     try:
         config = DebertaV2Config.from_dict(described)
@@ -422,7 +422,7 @@ def _marker_ids(tokenizer, settings, config, path):
     tokenizer.add_tokens(MARKERS)  # adds only what is missing; the ranker's layout leaves this to the reader
     stored = tokenizer.convert_tokens_to_ids(MARKERS)
     keys = ["source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"]
-    ids = [settings.get(key, known) for key, known in zip(keys, stored)]
+    ids = [known if settings.get(key) is None else settings[key] for key, known in zip(keys, stored)]
     if max(*ids, len(tokenizer) - 1) >= config.vocab_size:
         raise UserError(f"{path}: the tokenizer's {len(tokenizer)} tokens do not fit the model's {config.vocab_size} "
                         "embeddings; give the tokenizer that belongs to the weights")

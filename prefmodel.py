@@ -416,7 +416,8 @@ def _open_reward(path, dtype):
 
     directory = fetch(path)
     described = pairrm.read_json(directory)
-    checkpoints.check_keys(described, f"{directory}/config.json", pairrm.KEYS | checkpoints.KEYS)
+    sizes = {key: bounds for key, bounds in checkpoints.KEYS.items() if key in checkpoints.NEEDED}
+    checkpoints.check_keys(described, f"{directory}/config.json", sizes)        # transformers reads the rest
     named = described.get("architectures")
     if not isinstance(named, list) or not any(str(name).endswith("ForSequenceClassification") for name in named):
         raise UserError(f"{directory}/config.json has architectures {named}, no ...ForSequenceClassification; give a "

@@ -75,7 +75,7 @@ class CommonSettings:
         "trackio too; each is a package of its own", ("tensorboard", "wandb", "trackio"))
     rank_timeout: float = flag(30.0,
         "torchrun: minutes that a process waits for another in a training step (12 hours where one may be sampling)",
-        above=0)
+        at_least=0.01, at_most=10080)
     resume: bool = flag(False, "continue the run in --out from its last saved state")
     overwrite: bool = flag(False, "replace the run in --out")
 
@@ -98,8 +98,8 @@ def main(function):
     except RuntimeError as error:
         if not _Ranks.store or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)):
             raise
-        stop("another process of this run has ended, or did not answer for as long as --rank-timeout says; see what it "
-             "printed, and go on with --resume")
+        stop("another process of this run has ended, or cannot be reached, or did not answer for as long as "
+             f"--rank-timeout says; see what it printed, and go on with --resume ({str(error).splitlines()[0][:120]})")
     except KeyboardInterrupt:
         print("\ninterrupted: a training run goes on from its last saved state with the same command and --resume",
               file=sys.stderr)
@@ -166,6 +166,9 @@ def init_ranks(device, minutes=30.0):
         return 0, 1, device
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):      # torch reads them itself, and would end in a traceback
         set_by_torchrun(name)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("the environment variable MASTER_ADDR is not set; start with torchrun, or unset RANK and "
+                        "WORLD_SIZE")
     if device.type == "cuda":
         device = torch.device("cuda", set_by_torchrun("LOCAL_RANK"))
         torch.cuda.set_device(device)
@@ -433,10 +436,10 @@ PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", 
            "print_every", "save_every", "track", "rank_timeout")
 # What may be larger than before when a run is resumed, so that a finished run goes on.
 GROWING = ("iterations", "steps")
-# What a run writes, into state/ or beside it, before it has done anything that is worth resuming.
 # What a run writes beside state/, and --overwrite deletes: another file in its directory is somebody else's.
 WRITTEN = re.compile(r"(config|summary|exact)\.json|(metrics|samples|table-\d+)\.jsonl|curves\.png|tensorboard|wandb|"
                      r"(iter|step)-\d+")
+# What of it is there, in state/ or beside it, before a run has done anything that is worth resuming.
 SET_UP = {"lock", "validation.jsonl", "test.jsonl", "initial.json", "tracker.json", "tensorboard", "wandb"}
 
 
@@ -453,7 +456,8 @@ def check_out(out, settings, resume, overwrite):
     if not out:
         raise UserError('--out "" names no directory; give one')
     config, state = os.path.join(out, "config.json"), os.path.join(out, "state")
-    there = {name for name in (os.listdir(out) if os.path.isdir(out) else ()) if not files.HALF.fullmatch(name)}
+    there = {name for name in (os.listdir(out) if os.path.isdir(out) else ())
+             if not (files.HALF.fullmatch(name) and WRITTEN.fullmatch(files.HALF.fullmatch(name)[1]))}
     if not there or there == {"state"} and set(os.listdir(state)) <= {"lock"}:
         return False
     settings_there, now = files.read_json(config) if os.path.exists(config) else {}, lasting(settings)
@@ -530,7 +534,8 @@ class Run:
         os.makedirs(self.path("state"), exist_ok=True)
         self.lock = files.lock(self.path("state", "lock"), f"--out {self.out}")
         a_run = check_out(self.out, settings, resume, overwrite)        # once more: another program may have been here
-        files.tidy(self.out)
+        files.tidy(self.out, WRITTEN)
+        files.tidy(self.path("state"))
         if a_run and not resume:
             for name in set(os.listdir(self.out)) - {"state"}:
                 if WRITTEN.fullmatch(name):
@@ -553,7 +558,9 @@ class Run:
                 raise UserError(f"--resume: {self.out} was saved in the middle of training by {ranks} processes; "
                                 "start as many")
             keep = self._shard_path(name)
-            state |= self._load(keep)
+            shard = self._load(keep)
+            with files.restoring(keep):
+                state |= shard
         with files.restoring(path):
             state["iteration"], state["step"]                               # what both scripts go by
             self.seconds = {name: float(value) for name, value in state["seconds"].items()}
@@ -614,7 +621,8 @@ class Run:
         barrier()
         if self.rank == 0:
             for name in self.JOURNALS:              # the state counts on so many of their bytes
-                files.sync(self.path(name))
+                with files.writing(self.path(name)):
+                    files.sync(self.path(name))
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
             state["seconds"] = self._seconds_and_total()
             files.save_tensors(self.path("state", "state.pt"), state)
@@ -631,18 +639,18 @@ class Run:
     def keep(self, name, digest, items):
         """Write a list, and a digest of what it was made from, to state/<name>.json."""
         if self.rank == 0:
-            files.write_json(self.path("state", f"{name}.json"), {"digest": digest, "items": items}, indent=None)
+            files.write_json(self.path("state", f"{name}.json"), {"digest": digest, "reference": items}, indent=None)
 
     def kept(self, name, digest, count):
         """The list of `count` items that `keep` wrote for this digest; None where there is none."""
         path = self.path("state", f"{name}.json")
         if not os.path.exists(path):
             return None
-        with files.restoring(path):
+        with files.restoring(path, "remove it, and --resume makes it again"):
             known = files.read_json(path)
-            if known["digest"] == digest and len(known["items"]) != count:
+            if known["digest"] == digest and len(known["reference"]) != count:
                 raise ValueError
-        return known["items"] if known["digest"] == digest else None
+        return known["reference"] if known["digest"] == digest else None
 
     def training_state(self, iteration):
         """What an interrupted training left of this iteration: all that `save_state` was given, `step` among it; else

@@ -442,7 +442,7 @@ def kept_logprobs(net, name, examples, args, t, shard, record, resumed=False):
     (rank, ranks), digest = shard, run.stream([e["responses"] for e in examples])
     refs = record.kept(f"{name}-{t}", digest, len(examples))
     if refs is None:
-        if resumed:
+        if resumed and os.path.exists(record.path("state", f"{name}-{t}.json")):
             raise run.UserError(f"--resume: iteration {t} was begun on another table; give that one, or another --out")
         refs, mine = [], examples[rank::ranks]
         with record.phase("reference"), torch.no_grad():

@@ -1,6 +1,7 @@
 """What a person gets wrong: exit status 2, one sentence on stderr that names the flag or the file, no traceback, and
 nothing half-written in --out. Everything goes through the commands themselves."""
 
+import dataclasses
 import json
 import math
 import os
@@ -220,8 +221,8 @@ TYPES = {torch.bool: "BOOL", torch.int64: "I64", torch.complex64: "C64", torch.u
 OUTSIDE = ("../model.safetensors", "/etc/passwd", "weights.bin", "", "sub/model.safetensors", 3)
 TEMPLATES = [("{% for", "cannot write user"), ("{{ raise_exception('only with tools') }}", "only with tools"),
              ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}", "system first"),
-             ("{{ 'x' * 10**11 }}", "MemoryError"), ("{{ messages[7]['content'] }}", "no element 7"),
-             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not done after")]
+             ("{{ 'x' * 10**11 }}", "takes more than 5 seconds"), ("{{ messages[7]['content'] }}", "no element 7"),
+             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 seconds")]
 
 
 @pytest.mark.parametrize("change, says", [
@@ -288,7 +289,17 @@ def test_a_key_of_config_json_with_a_value_of_another_kind(key, value, llama3):
         assert said.startswith(f"there/config.json has {key} ") and "must be" in said and len(said) < 200
 
 
+def test_a_null_in_config_json_is_as_good_as_no_key(llama3):
+    with open(f"{llama3}/config.json") as file:
+        good = json.load(file)
+    free = checkpoints.KEYS.keys() - checkpoints.NEEDED - {"rope_parameters", "head_dim", "num_key_value_heads"}
+    want = checkpoints.Config.from_hf({key: value for key, value in good.items() if key not in free})
+    got = checkpoints.Config.from_hf(good | dict.fromkeys(free))
+    assert dataclasses.replace(got, raw={}) == dataclasses.replace(want, raw={})
+
+
 @pytest.mark.parametrize("changes, says", [
+    (dict(model_type="qwen2", sliding_window=8, use_sliding_window=True, num_hidden_layers=None), "num_hidden_layers null"),
     (dict(num_attention_heads=4, num_key_value_heads=3), "the last must divide the first"),
     (dict(head_dim=7), "the dimensions be even"), (dict(hidden_size=2, head_dim=None), "the dimensions be even"),
     (dict(layer_types=[["full_attention"]], model_type="qwen3", sliding_window=8), "layer_types"),
@@ -693,28 +704,30 @@ def cut_rows(path):
     """A list of rows, one of them gone."""
     with open(path) as file:
         value = json.load(file)
-    value["items"] = value["items"][:-1]
+    value["reference"] = value["reference"][:-1]
     written(path, json.dumps(value))
 
 
 GARBAGE = ("", "{", "[]", "null", "3", "[" * 10**5, '{"a": 1}', "\0" * 100)
 TAMPERED = [
     *[(name, lambda path, text=text: written(path, text), "remove it")
-      for name in ("state/evaluations.json", "state/reference-1.json") for text in GARBAGE],
-    *[("state/base_side.json", lambda path, text=text: written(path, text), "remove it")
+      for name in ("state/reference-1.json",) for text in GARBAGE],
+    *[("state/evaluations.json", lambda path, text=text: written(path, text), "go on from the last good checkpoint")
+      for text in GARBAGE],
+    *[("state/base_side.json", lambda path, text=text: written(path, text), "begin again with --overwrite")
       for text in (*GARBAGE[:-2], '{"test": 3}', '{"test": {"sampled": []}}', '{"test": {"other": 1}}')],
     *[("state/state.pt", lambda path, text=text: written(path, text), "start again with --overwrite") for text in GARBAGE],
     *[("config.json", lambda path, text=text: written(path, text), "config.json") for text in GARBAGE[:6]],
     ("config.json", lambda path: written(path, '{"a": 1}'), "are not a run's"),
     ("state/reference-1.json", cut_rows, "remove it"),
-    ("state/evaluations.json", lambda path: written(path, '{"evaluations": 3}'), "remove it"),
+    ("state/evaluations.json", lambda path: written(path, '{"evaluations": 3}'), "begin again with --overwrite"),
     ("state/state.pt", lambda path: os.truncate(path, 200), "start again with --overwrite"),
-    ("state/state.pt", lambda path: torch.save({}, path), "remove it"),
-    ("state/state.pt", lambda path: torch.save([1], path), "remove it"),
-    *[("state/state.pt", lambda path, key=key: without_key(path, key), "remove it")
+    ("state/state.pt", lambda path: torch.save({}, path), "begin again with --overwrite"),
+    ("state/state.pt", lambda path: torch.save([1], path), "begin again with --overwrite"),
+    *[("state/state.pt", lambda path, key=key: without_key(path, key), "begin again with --overwrite")
       for key in ("iteration", "step", "seconds", "sizes")],
-    ("state/state.pt", lambda path: with_key(path, weights={}), "remove it"),
-    ("state/state.pt", lambda path: with_key(path, shard=3), "remove it"),
+    ("state/state.pt", lambda path: with_key(path, weights={}), "begin again with --overwrite"),
+    ("state/state.pt", lambda path: with_key(path, shard=3), "begin again with --overwrite"),
     ("state/state.pt", lambda path: with_key(path, shard=["gone", 1]), "shard-gone-rank-0.pt cannot be read"),
     *[("table-1.jsonl", lambda path, text=text: written(path, text), "table-1.jsonl") for text in GARBAGE],
     *[("state/initial.json", lambda path, text=text: written(path, text), "initial.json") for text in GARBAGE[:6]],

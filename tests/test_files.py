@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -138,7 +139,7 @@ def test_what_an_earlier_session_left_is_named_where_it_is_damaged():
     for content in ("", "[]", "{}", '{"items": 3}'):
         with open("kept.json", "w") as file:
             file.write(content)
-        with pytest.raises(UserError, match="^kept.json is damaged .*; remove it, and --resume makes again what it"):
+        with pytest.raises(UserError, match="^kept.json is damaged .*; begin again with --overwrite, or"):
             with files.restoring("kept.json"):
                 len(files.read_json("kept.json")["items"])
 
@@ -172,3 +173,14 @@ def test_rows_are_read_as_they_were_written():
     files.write_rows("t.jsonl", rows)
     files.append("t.jsonl", rows)
     assert [json.loads(line) for line in open("t.jsonl", encoding="utf-8")] == rows + rows
+
+
+def test_tidying_up_touches_what_was_half_written_here_and_nothing_else():
+    """Somebody's backups look much alike."""
+    stay = ["notes.tmp-draft", "iter-3.old-good", "thesis.tmp-2", "far/x.json.tmp-1", "x.json.tmp"]
+    for name in [*stay, "x.json.tmp-7"]:
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        open(name, "w").close()
+    os.mkdir("best.old-7")
+    files.tidy(".", re.compile(r".*\.json|best"))
+    assert {name for name in everything()} == {f"./{name}" for name in stay} and os.path.isdir("best")

@@ -284,6 +284,7 @@ def test_a_linked_out_is_overwritten_behind_the_link():
 def test_a_run_in_use_is_refused_before_anything_is_touched(monkeypatch):
     """Two programs on one directory would each write every row."""
     r = saved(step=1)
+    monkeypatch.setattr(files, "HELD", set())           # this process forgets that it was itself
     before = everything()
     with open("r/state/lock", "w") as file:             # as another program on this machine writes it
         file.write("process 1 on elsewhere\n")
@@ -301,7 +302,7 @@ def test_a_run_in_use_is_refused_before_anything_is_touched(monkeypatch):
 def test_a_state_without_its_keys_is_one_sentence(left):
     saved(step=1)
     torch.save(left, "r/state/state.pt")
-    with pytest.raises(UserError, match="^r/state/state.pt is damaged .*; remove it, and --resume makes again what it"):
+    with pytest.raises(UserError, match="^r/state/state.pt is damaged .*; begin again with --overwrite, or go on from"):
         run.Run("r", Settings(), resume=True)
 
 
@@ -317,7 +318,7 @@ def test_what_is_kept_is_found_by_its_digest():
     r.keep("reference-1", 5, [[0.5], [1.5]])
     assert r.kept("reference-1", 5, 2) == [[0.5], [1.5]] and r.kept("reference-1", 6, 2) is None
     assert r.kept("reference-2", 5, 2) is None
-    for damage in ("", "{}", '{"digest": 5, "items": [[0.5]]}', '{"digest": 5}', '{"digest": 5, "items": null}'):
+    for damage in ("", "{}", '{"digest": 5, "reference": [[0.5]]}', '{"digest": 5}', '{"digest": 5, "reference": null}'):
         with open("r/state/reference-1.json", "w") as file:
             file.write(damage)
         with pytest.raises(UserError, match="r/state/reference-1.json is damaged"):

@@ -2,6 +2,7 @@
 ranks, the stages and their tables, the intransitive world, the real path."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -711,7 +712,7 @@ KILLER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 place = sys.argv.pop(1)
-import model, run, sppo, torch, winrate
+import checkpoints, model, run, sppo, torch, winrate
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -756,7 +757,7 @@ elif place == "trained":            # iteration 1's checkpoint has its final nam
 elif place == "state":              # the state's temporary file is written, not yet renamed
     on_call(torch, "save", 8, before=False)
 elif place == "checkpoint":         # a checkpoint is written, not yet renamed
-    on_call(model, "_copy_tokenizer", 2, before=False)
+    on_call(checkpoints, "copy_tokenizer", 2, before=False)
 run.main(sppo.main)
 """
 
@@ -1280,7 +1281,10 @@ def complaint_of():
     def call(flags):
         with pytest.raises(UserError) as error:
             sppo.main(flags)
-        return str(error.value)
+        said = str(error.value)
+        del error
+        gc.collect()                            # the run's lock goes with what the traceback held
+        return said
     return call
 
 
