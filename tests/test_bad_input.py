@@ -348,8 +348,7 @@ def set_keys(**changes):
 
 @pytest.mark.parametrize("change, says", [
     *[(set_keys(**{key: value}), f"config.json has {key} ")
-      for key, (kind, *bounds) in pairrm.KEYS.items() for value in ([8], "8" if kind is not str else 8, -2, 10**10, True)
-      if not (kind is bool and value is True)],
+      for key, (kind, *bounds) in pairrm.KEYS.items() for value in ([8], -2)],
     (set_keys(hidden_size=33), "does not describe a DeBERTa"), (set_keys(pos_att_type=3), "does not describe a DeBERTa"),
     (set_keys(hidden_act="no such function"), "does not describe a DeBERTa"), (set_keys(num_hidden_layers=5), "lacks"),
     *[(weights(lambda w, kind=kind: w.update({"head_layer.4.bias": w["head_layer.4.bias"].to(kind)})),
