@@ -15,20 +15,9 @@ import files
 import flags
 import run
 from flags import UserError, flag
+from test_flags import Settings
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
-
-@dataclasses.dataclass
-class Settings:
-    rate: float = flag(0.5, "a share, 50 % unless given")
-    steps: int = flag(3, "how many")
-    limit: int | None = flag(None, "decided at set-up")
-    kind: str = flag("a", "which", ("a", "b"))
-    batch_size: int = flag(4, "prompts")
-    shuffle: bool = flag(True, "in random order")
-    resume: bool = flag(False, "go on")
-    overwrite: bool = flag(False, "replace")
 
 
 def everything():
