@@ -28,6 +28,8 @@ def writing(path):
     away or lost its permissions, too many open files."""
     try:
         yield
+    except UserError:                           # says already what is wrong
+        raise
     except Exception as error:
         cause = error
         while not isinstance(cause, OSError) and cause.__context__:         # torch.save covers it with one of its own

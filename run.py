@@ -461,7 +461,7 @@ def check_out(out, settings, resume, overwrite):
     if not there or there == {"state"} and set(os.listdir(state)) <= {"lock"}:
         return False
     settings_there, now = files.read_json(config) if os.path.exists(config) else {}, lasting(settings)
-    # A checkpoint has a config.json too. A run of the other script shares a third of the names, an older one most.
+    # A checkpoint has a config.json too. A run of the other script shares half of the names, an older one most.
     a_run = there == {"state"} or os.path.isdir(state) and 4 * len(settings_there.keys() & now.keys()) >= len(now)
     if not a_run:
         raise UserError(f"--out {out} holds files that are not a run's; give another --out")
