@@ -1,5 +1,6 @@
 """files.py: files that survive a kill, a full disk, a power cut, and a second program."""
 
+import contextlib
 import errno
 import json
 import os
@@ -90,25 +91,28 @@ def test_the_disk_has_it_before_it_gets_its_name(path, write, monkeypatch):
         assert {os.path.basename(name) for name in calls[:at]} == {f"d.tmp-{os.getpid()}", "inside"}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file may grow over 4 KiB: what a full disk does to a write, without one."""
+    """No file may grow over 4 KiB: what a full disk does to a write, without one. Only around the write: pytest's own
+    report may go to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("write", [
     lambda: files.write_rows("f", [{"text": "x" * 1000}] * 9), lambda: files.save_tensors("f", torch.zeros(9999)),
     lambda: files.append("f", [{"text": "x" * 9999}]),
     lambda: files.write_atomically("f", lambda path: safetensors_file(path))])
-def test_a_full_disk_is_one_sentence(write, small_disk):
+def test_a_full_disk_is_one_sentence(write):
     """Whoever wrote: Python, torch.save, safetensors."""
     with pytest.raises(UserError, match=r"^f cannot be written \(.*(too large|Too large).*\); what was saved before is "
-                                        "whole: mend that, and the same command goes on from there"):
+                                        "whole: mend that, and the same command goes on from there"), small_disk():
         write()
     assert [name for name in os.listdir(".") if "tmp" in name] == []
 
