@@ -316,7 +316,14 @@ def earlier_session(args, resume):
     """What an earlier session of the run kept: {"initial": pi_1, "iterations": T of every session, "sources": digests,
     "size": prompts of a part}; {} for a new run."""
     path = os.path.join(args.out, "state", "initial.json")
-    return files.read_json(path) if resume and os.path.exists(path) else {}
+    if not resume or not os.path.exists(path):
+        return {}
+    with files.restoring(path):
+        began = files.read_json(path)
+        if not (isinstance(began["initial"], str) and isinstance(began["sources"], list) and isinstance(
+                began["size"], int) and all(isinstance(count, int) for count in began["iterations"])):
+            raise TypeError
+    return began
 
 
 def digests(sources):

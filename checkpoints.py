@@ -387,4 +387,4 @@ def write_weights(tensors, path, max_shard_bytes):
         weight_map |= {name: file for name in shard}
     if len(shards) > 1:
         files.write_json(os.path.join(path, "model.safetensors.index.json"),
-                       {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+                         {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

@@ -405,12 +405,13 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
 def evaluated(step, job):
     """Phase `evaluate`: a checkpoint, and its row of the table, after so many steps; 0 is the initial model."""
     record, name = job.record, f"step {step}" if step else "base"
+    if not step:
+        with record.phase("evaluate"):
+            job.board.draw_base(job.ref, "test")
     if name not in job.board:
         if step and job.shard[0] == 0:
             job.net.save_pretrained(record.path(f"step-{step}"), job.chat.directory)
         with record.phase("evaluate"):
-            if not step:
-                job.board.draw_base(job.ref, "test")
             job.board.add(name, job.net if step else job.ref, more=lambda: figures_of(step, job))
         if step < job.args.steps:               # after the last one `finish` does it
             summarised(job)
@@ -550,9 +551,9 @@ class Job:
 def set_up(argv):
     """Settings, ranks, models, judge, prompts and run directory: the Job that `main` works on."""
     args = settle(parse(Settings, argv, __doc__.split("\n\n")[0]
-                            + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
-                            {**{name: world.WORLDS[name].lsp | world.WORLDS[name].lsp_reward["value"]
-                                for name in PLAYABLE}, "real models": REAL}))
+                          + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
+                          {**{name: world.WORLDS[name].lsp | world.WORLDS[name].lsp_reward["value"]
+                              for name in PLAYABLE}, "real models": REAL}))
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = run.init_ranks(device, args.rank_timeout)
     job = Job(args, device, (rank, ranks))
@@ -703,7 +704,8 @@ def initial_model(args):
     resumed run stays with the one it began with, even if the run in --init has gone on since."""
     began = os.path.join(args.out, "state", "initial.json")
     if args.resume and os.path.exists(began):
-        return files.read_json(began)["initial"]
+        with files.restoring(began):
+            return os.fspath(files.read_json(began)["initial"])
     found = run.last_checkpoint(args.init) if args.init else args.model
     if found is None:
         raise run.UserError(f"--init {args.init} holds no checkpoint iter-k or step-k; give a run's directory")

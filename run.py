@@ -296,7 +296,10 @@ def last_checkpoint(directory):
 def rename_on_rank_0(path, name):
     """Give a finished file or directory its final name; on every rank it is there afterwards."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        os.replace(path, name)
+        with files.writing(name):
+            os.replace(path, name)
+            for changed in {os.path.dirname(path) or ".", os.path.dirname(name) or "."}:
+                files.sync(changed)
     barrier()
 
 
@@ -393,7 +396,8 @@ class Tracker:
         begin, self.kind, self.id = load_tracker(kind), kind, uuid.uuid4().hex[:8]
         kept, name = os.path.join(out, "state", "tracker.json"), os.path.basename(os.path.abspath(out))
         if os.path.exists(kept):
-            self.id = files.read_json(kept)["id"]
+            with files.restoring(kept, "remove it, and the tracker shows a new run"):
+                self.id = str(files.read_json(kept)["id"])
         files.write_json(kept, {"id": self.id})
         with open(os.path.join(out, "metrics.jsonl")) as file:
             self.row = sum(1 for _ in file)
@@ -467,7 +471,8 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} holds files that are not a run's; give another --out")
     for name, value in now.items() if overwrite else ():
         for part in [value, *value.split(","), *value.split(":")] if isinstance(value, str) and name != "out" else ():
-            if part and os.path.exists(part) and os.path.abspath(part).startswith(os.path.abspath(out) + os.sep):
+            inside = os.path.relpath(part, out).split(os.sep)[0] if part else ""
+            if (inside == "state" or WRITTEN.fullmatch(inside)) and os.path.exists(part):
                 raise UserError(f"--overwrite would delete what --{name.replace('_', '-')} {value} names; give another "
                                 "--out")
     if not resume and not overwrite:

@@ -533,17 +533,17 @@ def validate_and_keep(best, net, t, step, epoch, job):
 
 def evaluated(t, job):
     """Phase `evaluate`: the table's rows up to iteration t; 0 is the base, which all later ones are compared with."""
-    board, name = job.board, f"iteration {t}" if t else "base"
+    board, name, saved = job.board, f"iteration {t}" if t else "base", job.record.state
+    if t == 0:
+        with job.record.phase("evaluate"):
+            board.draw_base(job.network(job.base), *(["validation"] if chooses(job.args) else []), "test")
     if name in board:
         return
-    net = job.network(job.pi_path(t + 1))
     with job.record.phase("evaluate"):
-        if t == 0:
-            board.draw_base(net, *(["validation"] if chooses(job.args) else []), "test")
-        row = board.add(name, net, more=lambda: winrate.kept_epoch(job.record, t) if t else {})
+        row = board.add(name, job.network(job.pi_path(t + 1)), more=lambda: winrate.kept_epoch(job.record, t) if t else {})
     kept = f"iteration {t} kept epoch {row['epoch']}\n" if "epoch" in row else ""
     job.record.say(kept + (winrate.style_line(board.rows) if t and "styles" in row else winrate.table(board.rows)))
-    if t or job.record.state is None:           # not over the state of a training that a stage began
+    if not saved or (saved["iteration"], saved["step"]) <= (t + 1, 0):      # never over the state of a later training
         job.record.save_state(iteration=t + 1, step=0)
     if t < job.args.iterations:                 # after the last one `finish` does it
         summarised(job)
@@ -619,9 +619,9 @@ class Job:
 def set_up(argv):
     """Settings, ranks, prompts, judge, model and run directory: the Job that `main` works on."""
     args = settle(parse(Settings, argv, __doc__.split("\n\n")[0]
-                            + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
-                            {**{name: entry.sppo | entry.sppo_loss["sppo"] for name, entry in world.WORLDS.items()},
-                             "real prompts": PAPER | PAPER_LOSS["sppo"]}))
+                          + "\n\nA default in [brackets]; docs/metrics.md explains every logged figure.", PRESETS,
+                          {**{name: entry.sppo | entry.sppo_loss["sppo"] for name, entry in world.WORLDS.items()},
+                           "real prompts": PAPER | PAPER_LOSS["sppo"]}))
     # an embedded world's 300,000 parameters have no use for bfloat16
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = run.init_ranks(device, args.rank_timeout)

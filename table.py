@@ -387,6 +387,8 @@ def check_training_rows(rows, args, chat, *held_out):
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
     begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
-    if begun and files.read_json(known)["digest"] != run.stream([e["responses"] for e in examples]):
+    with files.restoring(known):
+        was = files.read_json(known)["digest"] if begun else None
+    if begun and was != run.stream([e["responses"] for e in examples]):
         raise run.UserError(f"{table}: iteration {args.iteration} was begun on another table; give that one, or "
                             "another --out")

@@ -158,11 +158,11 @@ class Scoreboard:
 
     def draw_base(self, net, *names):
         """The base's answers to the prompts of these names; `net` is the base."""
-        for name in names:
-            if name not in self.base:
-                self.base[name] = opponent(net, self.chat, self.prompts[name][1], self.sampling,
-                                           run.stream(self.seed, name), self.shard)
-        if self.shard[0] == 0:
+        missing = [name for name in names if name not in self.base]
+        for name in missing:
+            self.base[name] = opponent(net, self.chat, self.prompts[name][1], self.sampling,
+                                       run.stream(self.seed, name), self.shard)
+        if missing and self.shard[0] == 0:
             files.write_json(self.base_file, {name: dataclasses.asdict(sides) for name, sides in self.base.items()})
 
     def add(self, name, net, more=lambda: {}):

@@ -678,25 +678,30 @@ def test_as_a_process(script, flags, says):
 # a run directory that somebody or something has been at
 
 
-@pytest.fixture(scope="module")
-def interrupted(base, tmp_path_factory):
-    """A run that was interrupted in its first training, after a saved state, and its flags but for --out."""
-    where = tmp_path_factory.mktemp("run")
-    flags = ["--model", base, *SMALL, "--save-every", "1", "--epochs", "2"]
+def killed_at(step, flags):
+    """Runs `python sppo.py flags` until its gradient step of this number, from 1."""
     with pytest.MonkeyPatch.context() as patch:
         real, calls = sppo.gradient_step, []
 
         def dies(*args):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == step:
                 raise KeyError("as a kill would")
             return real(*args)
 
         patch.setattr(sppo, "gradient_step", dies)
         patch.setattr(sppo, "plots", types.SimpleNamespace(plot=lambda runs, path: None))
         with pytest.raises(KeyError, match="as a kill would"):
-            sppo.main([*flags, "--out", str(where / "out")])
-    return where / "out", flags
+            sppo.main(flags)
+
+
+@pytest.fixture(scope="module")
+def interrupted(base, tmp_path_factory):
+    """A run that was interrupted in its first training, after a saved state, and its flags but for --out."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    flags = ["--model", base, *SMALL, "--save-every", "1", "--epochs", "2"]
+    killed_at(3, [*flags, "--out", str(out)])
+    return out, flags
 
 
 def cut_rows(path):
@@ -729,11 +734,19 @@ TAMPERED = [
     ("state/state.pt", lambda path: with_key(path, shard=3), "begin again with --overwrite"),
     ("state/state.pt", lambda path: with_key(path, shard=["gone", 1]), "shard-gone-rank-0.pt cannot be read"),
     *[("table-1.jsonl", lambda path, text=text: written(path, text), "table-1.jsonl") for text in GARBAGE],
-    *[("state/initial.json", lambda path, text=text: written(path, text), "initial.json") for text in GARBAGE[:6]],
+    *[("state/initial.json", lambda path, text=text: written(path, text), "initial.json") for text in GARBAGE[:7]],
+    *[("state/initial.json", lambda path, key=key: with_entry(path, key, {"a": None}), "begin again with --overwrite")
+      for key in ("initial", "iterations", "sources", "size")],
     ("state/shard-1-2-rank-0.pt", lambda path: os.truncate(path, 100), "start again with --overwrite"),
     ("state/shard-1-2-rank-0.pt", lambda path: os.remove(path), "start again with --overwrite"),
     ("state/shard-1-2-rank-0.pt", lambda path: torch.save({"optimizer": {"inner": 3}}, path), "state.pt is damaged"),
 ]
+
+
+def with_entry(path, key, value):
+    with open(path) as file:
+        entries = json.load(file)
+    written(path, json.dumps(entries | {key: value}))
 
 
 def with_key(path, **values):
@@ -753,3 +766,18 @@ def test_a_damaged_run_directory(name, damage, says, interrupted, complaint, cap
     damage(os.path.join("out", name))
     line = complaint([*flags, "--out", "out", "--resume"], out="out/iter-1")
     assert says in line and ("--out out" in line or "out/state/" in line or os.path.basename(name) in line)
+
+
+@pytest.mark.pictures
+def test_evaluations_that_are_gone_are_made_again(base):
+    """In the middle of the second training. The result is that of a run in which nothing happened, to the bit."""
+    flags = ["--model", base, *SMALL, "--save-every", "1", "--epochs", "2", "--iterations", "2"]
+    sppo.main([*flags, "--out", "whole"])
+    killed_at(7, [*flags, "--out", "killed"])
+    for name in ("evaluations.json", "base_side.json"):
+        shutil.copytree("killed", "out")
+        os.remove(f"out/state/{name}")
+        sppo.main([*flags, "--out", "out", "--resume"])
+        for one in ("iter-2/model.safetensors", "state/evaluations.json", "state/base_side.json"):
+            assert open(f"whole/{one}", "rb").read() == open(f"out/{one}", "rb").read(), (name, one)
+        shutil.rmtree("out")

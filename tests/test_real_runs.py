@@ -345,6 +345,8 @@ def test_overwrite_does_not_delete_what_the_run_needs(base):
         with pytest.raises(UserError, match="--overwrite would delete what --model .*out/iter-1 names"):
             start()
     assert os.path.exists("out/iter-1/model.safetensors")
+    file("out/own.txt", "a prompt")                     # a user's, which --overwrite leaves where it is
+    assert run.check_out("out", sppo.Settings(prompts="out/own.txt", out="out"), resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lsp", marks=pytest.mark.slow), "grpo"])

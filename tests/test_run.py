@@ -500,6 +500,16 @@ def test_another_directory_is_another_run(tracked):
     assert len(ids) == 3
 
 
+def test_a_tracker_whose_id_is_damaged(tracked):
+    kind, _, _ = tracked
+    run.Run("r", run.CommonSettings(track=kind))
+    for text in ("", "[]", "{}"):
+        with open("r/state/tracker.json", "w") as file:
+            file.write(text)
+        with pytest.raises(run.UserError, match="r/state/tracker.json is damaged .* remove it, and the tracker shows"):
+            run.Run("r", run.CommonSettings(track=kind), resume=True)
+
+
 def test_a_run_may_change_its_tracker(tracked, capsys):
     """It changes no figure. And its files are nothing that was begun."""
     kind, _, _ = tracked
