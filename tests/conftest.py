@@ -88,14 +88,24 @@ LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
 def quick_runs(request, monkeypatch):
     """A picture takes half a second, and a run draws several. Within a test's own process a run leaves an empty PNG
     instead, unless the test is marked `pictures`; fixtures of a wider scope and other processes draw."""
-    if "pictures" in request.keywords:
-        return
+    if "pictures" not in request.keywords:
+        make_quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def quick_module():
+    """The same for fixtures of a module, which begin before a test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        yield
+
+
+def make_quick(patch):
     for name in ("sppo", "lsp"):
         if name in sys.modules:
-            quick = types.SimpleNamespace(plot=lambda runs, path: leave_png(path))
-            monkeypatch.setattr(sys.modules[name], "plots", quick)
+            patch.setattr(sys.modules[name], "plots", types.SimpleNamespace(plot=lambda runs, path: leave_png(path)))
     if "lsp" in sys.modules:                        # and fewer queries behind a row's figures of the Challenger
-        monkeypatch.setattr(sys.modules["lsp"], "FRESH", (48, 16))
+        patch.setattr(sys.modules["lsp"], "FRESH", (48, 16))
 
 
 def leave_png(path):

@@ -224,25 +224,30 @@ def test_malformed_prompts_hold_the_policy_still():
     assert kernels.phat(P).tolist() == [[0.5, 0.5, 0.5]]
 
 
+@pytest.fixture(scope="module")
+def whole(base, quick_module, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    sppo.main(argv(model=base, out=out, **ASKED))
+    return out
+
+
 @pytest.mark.parametrize("dies", [("sample_answers", 2), ("judge_answers", 2), ("gradient_step", 4)])
-def test_an_interrupted_one_ends_with_the_same_bytes(dies, base, dies_in, monkeypatch):
-    sppo.main(argv(model=base, out="whole", **ASKED))
+def test_an_interrupted_one_ends_with_the_same_bytes(dies, base, whole, dies_in):
     dies_in(sppo, *dies)
     with pytest.raises(Killed):
         sppo.main(argv(model=base, out="killed", **ASKED))
     sppo.main(argv(model=base, out="killed", resume=True, **ASKED))
     for name in ("table-1.jsonl", "table-2.jsonl", "iter-2/model.safetensors"):
-        assert open(f"whole/{name}", "rb").read() == open(f"killed/{name}", "rb").read()
+        assert open(whole / name, "rb").read() == open(f"killed/{name}", "rb").read()
 
 
-def test_stage_by_stage_is_the_whole_run(base):
-    sppo.main(argv(model=base, out="whole", **ASKED))
+def test_stage_by_stage_is_the_whole_run(base, whole):
     for t in (1, 2):
         for stage in ("sample", "judge", "train"):
             sppo.main(argv(model=base, out="parts", stage=stage, iteration=t, **ASKED))
     for name in ("table-2.jsonl", "iter-2/model.safetensors"):
-        assert open(f"whole/{name}", "rb").read() == open(f"parts/{name}", "rb").read()
-    said = [[row["malformed"] for row in lines(f"{out}/metrics.jsonl") if "loss" in row] for out in ("whole", "parts")]
+        assert open(whole / name, "rb").read() == open(f"parts/{name}", "rb").read()
+    said = [[row["malformed"] for row in lines(f"{out}/metrics.jsonl") if "loss" in row] for out in (whole, "parts")]
     assert said[0] == said[1]
 
 

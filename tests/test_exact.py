@@ -109,10 +109,17 @@ def test_harder_kinds_of_queries():
     assert spoken.queries("test", 50) == spoken.queries("test", 60)[:50]
 
 
+@pytest.fixture(scope="module")
+def made(base, quick_module, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "out"
+    for name, more in (("a", {}), ("b", dict(challenger="frozen"))):
+        lsp.main(argv(model=base, out=out / name, **SMALL | more))
+    return out
+
+
 @pytest.fixture
-def two_runs(base):
-    for name, more in (("out/a", {}), ("out/b", dict(challenger="frozen"))):
-        lsp.main(argv(model=base, out=name, **SMALL | more))
+def two_runs(made):
+    shutil.copytree(made, "out")
 
 
 def test_the_table_of_runs(two_runs, capsys):
@@ -156,6 +163,7 @@ def test_the_measure_is_the_tables(two_runs, capsys):
         assert bits.count("1") / 20 == share
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_the_picture_of_what_data_free_play_is_worth(base, capsys):
     for D in (4, 16):

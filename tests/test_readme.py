@@ -164,8 +164,8 @@ FORKS = {"hinge": ["sppo.py", "--loss", "hinge", *SHORT],
                       *"--steps 2 --queries 8 --answers 4 --test-prompts 32 --device cpu --out out".split()]}
 
 
-@pytest.mark.parametrize("name", [name if name == "drop" else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in PATCHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATCHES)
 def test_forks(name, base, tmp_path):
     """The patches, as a reader would use them: short, they apply, and what they add is at work."""
     patch, new_world = PATCHES[name], name in ("drop", "counting")
