@@ -428,6 +428,22 @@ def test_a_response_is_blind_to_its_neighbours(family):
     torch.testing.assert_close(together[-2:], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_long_rows_are_cut_into_several_rectangles(family, monkeypatch):
+    """Log-probabilities and gradients are those of one rectangle for all."""
+    net, found = Transformer.from_pretrained(family[1]), []
+    weight = torch.linspace(-1, 1, sum(map(len, sum(RESPONSES, []))))
+    for stair in (256, 3):
+        monkeypatch.setattr(model, "STAIR", stair)
+        net.zero_grad()
+        logprob, *_ = model.response_logprobs(net, PROMPTS, RESPONSES)
+        (logprob * weight).sum().backward()
+        found.append([logprob, *(p.grad for p in net.parameters())])
+        shapes = [tuple(part.queries.shape) for part in model.SharedPrefix(PROMPTS, RESPONSES, "cpu").parts]
+        assert shapes == {256: [(4, 12), (6, 7)], 3: [(4, 3), (2, 3), (2, 3), (1, 3), (6, 3), (2, 3), (1, 1)]}[stair]
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(one.detach().abs().max())), rtol=1e-4)
+
+
 def test_response_logprobs_without_any_response(checkpoints):
     net = Transformer.from_pretrained(checkpoints["llama"][0])
     logprob, row, rows = model.response_logprobs(net, [[5], [6]], [[], [[]]])
