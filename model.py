@@ -27,7 +27,6 @@ V vocabulary; nh query heads, nkv key/value heads, hd head dimension; S keys tha
 held by a cache row; M response tokens, those that a loss is about.
 """
 
-import dataclasses
 import os
 
 import torch

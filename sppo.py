@@ -540,10 +540,10 @@ def evaluated(t, job):
     if name in board:
         return
     with job.record.phase("evaluate"):
-        row = board.add(name, job.network(job.pi_path(t + 1)), more=lambda: winrate.kept_epoch(job.record, t) if t else {})
+        row = board.add(name, job.network(job.pi_path(t + 1)), lambda: winrate.kept_epoch(job.record, t) if t else {})
     kept = f"iteration {t} kept epoch {row['epoch']}\n" if "epoch" in row else ""
     job.record.say(kept + (winrate.style_line(board.rows) if t and "styles" in row else winrate.table(board.rows)))
-    if not saved or (saved["iteration"], saved["step"]) <= (t + 1, 0):      # never over the state of a later training
+    if not saved or (saved["iteration"], saved["step"]) <= (t + 1, 0):          # never over that of a later training
         job.record.save_state(iteration=t + 1, step=0)
     if t < job.args.iterations:                 # after the last one `finish` does it
         summarised(job)

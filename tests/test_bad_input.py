@@ -770,6 +770,7 @@ def test_a_damaged_run_directory(name, damage, says, interrupted, complaint, cap
     assert says in line and ("--out out" in line or "out/state/" in line or os.path.basename(name) in line)
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_evaluations_that_are_gone_are_made_again(base):
     """In the middle of the second training. The result is that of a run in which nothing happened, to the bit."""

@@ -231,7 +231,8 @@ def whole(base, quick_module, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("dies", [("sample_answers", 2), ("judge_answers", 2), ("gradient_step", 4)])
+@pytest.mark.parametrize("dies", [("sample_answers", 2), *(pytest.param(where, marks=pytest.mark.slow) for where in (
+    ("judge_answers", 2), ("gradient_step", 4)))])
 def test_an_interrupted_one_ends_with_the_same_bytes(dies, base, whole, dies_in):
     dies_in(sppo, *dies)
     with pytest.raises(Killed):

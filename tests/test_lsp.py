@@ -521,9 +521,11 @@ def natural(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [
-    dict(), dict(self_reward="expected", challenger_reward="spread", task="Riddles", template="Riddle: {riddle}",
-                 eval_prompts="prompts"), dict(mode="lsp-zero"), dict(mode="grpo", prompts="prompts"),
-    dict(preset="paper", gradient_accumulation=2)], ids=["lsp", "options", "lsp-zero", "grpo", "preset"])
+    pytest.param({}, id="lsp"), pytest.param(dict(mode="grpo", prompts="prompts"), id="grpo"),
+    pytest.param(dict(preset="paper", gradient_accumulation=2), id="preset"),
+    pytest.param(dict(self_reward="expected", challenger_reward="spread", task="Riddles", template="Riddle: {riddle}",
+                      eval_prompts="prompts"), id="options", marks=pytest.mark.slow),
+    pytest.param(dict(mode="lsp-zero"), id="lsp-zero", marks=pytest.mark.slow)])
 def test_the_whole_real_path(more, llama, prompts_file):
     """Challenger's prompt, extraction, Solver, reward model, rubric, verdicts, KL, step, table: on random weights."""
     more = {k: prompts_file if v == "prompts" else v for k, v in more.items()}
@@ -545,6 +547,7 @@ def test_the_whole_real_path(more, llama, prompts_file):
     model.Transformer.from_pretrained("out/step-2")
 
 
+@pytest.mark.slow
 def test_a_real_run_resumes_bit_for_bit(llama, dies_in):
     settings = REAL | {"model": f"{llama}/model", "reward": f"reward:{llama}/reward", "eval_every": 1, "steps": 3}
     lsp.main(argv(**settings, out="whole"))
