@@ -143,8 +143,9 @@ def _add_product(out, a, b, fresh=False):
 
 # `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 256 MB in
 # float32. At V = 128,256 that is 523 tokens, enough to run the products at full speed and to touch the weight's
-# gradient rarely.
-POLICY_TILE = 64 * 2**20
+# gradient rarely. Their softmax is taken of a few rows at a time, 1 MB in float32, which stay in the cache from one
+# pass to the next.
+POLICY_TILE, POLICY_ROWS = 64 * 2**20, 2**18
 
 
 def linear_policy_loss(hidden, weight, target, coef, softcap=None):
@@ -172,22 +173,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
         new = torch.empty if len(target) else torch.zeros               # the first tile writes it, if there is one
         d_weight = new(weight.shape, device=weight.device) if need_w else None          # a sum over tiles: float32
         for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
-            logits = soft_cap((hidden[t] @ weight.T).float(), softcap)                  # [t, V]
-            slope = None if softcap is None else 1 - (logits / softcap) ** 2            # d capped / d logit
-            lse = logits.logsumexp(1, keepdim=True)
-            logprob[t] = (logits.gather(1, target[t, None]) - lse).squeeze(1)           # (a)
-            if not (need_h or need_w):
-                continue
-            # (b) times coef, in the logits' place: first -softmax, then + onehot
-            d_logits = logits.sub_(lse).exp_().mul_(-coef[t, None])
-            d_logits.scatter_add_(1, target[t, None], coef[t, None])
-            if slope is not None:
-                d_logits *= slope
-            d_logits = d_logits.to(hidden.dtype)                                        # [t, V]
+            logits = hidden[t] @ weight.T                                               # [t, V]
+            for r in _tiles(len(logits), max(1, POLICY_ROWS // len(weight))):
+                logprob[t][r] = _turn_into_gradient(logits[r], target[t][r, None], coef[t][r, None], softcap)
             if need_h:
-                d_hidden[t] = d_logits @ weight
-            if need_w:
-                _add_product(d_weight, d_logits.T, hidden[t], fresh=t.start == 0)
+                d_hidden[t] = logits @ weight
+            for v in _tiles(len(weight), CHUNK_V) if need_w else ():                    # no second [V, H] beside the sum
+                _add_product(d_weight[v], logits[:, v].T, hidden[t], fresh=t.start == 0)
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
         ctx.mark_non_differentiable(logprob)
         return (coef * logprob).sum(), logprob
@@ -199,6 +191,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad)
         d_weight = None if d_weight is None else d_weight.mul_(grad).to(ctx.dtype)
         return d_hidden, d_weight, None, None, None
+
+
+def _turn_into_gradient(logits, target, coef, softcap):
+    """(a) of the logits [r, V] of a few tokens, whose places then hold (b) times coef: target and coef [r, 1] -> [r]."""
+    x = soft_cap(logits.float(), softcap)                       # of float32 logits without a cap: no copy
+    slope = None if softcap is None else 1 - (x / softcap) ** 2                         # d capped / d logit
+    top, picked = x.amax(1, keepdim=True), x.gather(1, target)                          # top: so that exp cannot overflow
+    total = x.sub_(top).exp_().sum(1, keepdim=True)
+    x.mul_(-coef / total).scatter_add_(1, target, coef)         # first -softmax, then + onehot
+    logits.copy_(x if slope is None else x.mul_(slope))
+    return (picked - top - total.log()).squeeze(1)
 
 
 def sum_rows(values, row, rows):
