@@ -262,7 +262,7 @@ def play(net, chat, args, step, challenge, data=None, shard=(0, 1), asker=None, 
     mine = range(rank, args.queries, ranks)
     asked = ([challenger.Query(data[i]) for i in mine] if data else
              challenger.ask(asker or net, chat, challenge, args, ("queries", step), mine, held_out))
-    plays = [Play(query, [], chat.encode(query.text)) for query in asked]
+    plays = [Play(query, [], ids) for query, ids in zip(asked, chat.encode_each([query.text for query in asked]))]
     said = rollout.generate(net, [play.prompt for play in plays], args.answers, args.max_new_tokens,
                             args.temperature, stop_ids=chat.stop_ids, max_rows=args.max_rows,
                             seeds=[run.stream(args.seed, "answers", step) + i for i in mine])

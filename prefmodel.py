@@ -645,13 +645,22 @@ class SelfReward:
 
     def encode(self, query, answer):
         """The judge's prompt as ids. Neither text can pose as another turn, or bring tags of its own."""
-        def ids(query, answer):
-            return self.chat.encode(fill(self.rubric, query=_quoted(query), answer=_quoted(answer)))
-        whole = ids(query, answer)              # nearly always short enough, and texts are costly to encode
-        if len(whole) <= self.room:
-            return whole
-        query = shortened(query, lambda q: len(ids(q, "")) <= self.room)
-        return ids(query, shortened(answer, lambda a: len(ids(query, a)) <= self.room))
+        return self.encode_each([(query, answer)])[0]
+
+    def encode_each(self, pairs):
+        """The same for many pairs."""
+        found = self.chat.encode_each([self._asked(*pair) for pair in pairs])
+        for i, (query, answer) in enumerate(pairs):
+            if len(found[i]) > self.room:               # rare; and texts are costly to encode
+                query = shortened(query, lambda q: self._fits(q, ""))
+                found[i] = self.chat.encode(self._asked(query, shortened(answer, lambda a: self._fits(query, a))))
+        return found
+
+    def _asked(self, query, answer):
+        return fill(self.rubric, query=_quoted(query), answer=_quoted(answer))
+
+    def _fits(self, query, answer):
+        return len(self.chat.encode(self._asked(query, answer))) <= self.room
 
     @torch.no_grad()
     def score(self, queries, answers, step, shard=(0, 1)):
@@ -660,7 +669,7 @@ class SelfReward:
         rank, ranks = shard
         pairs = list(dict.fromkeys((q, a) for q, group in zip(queries, answers) for a in group))
         mine = range(rank, len(pairs), ranks)
-        prompts = [self.encode(*pairs[i]) for i in mine]
+        prompts = self.encode_each([pairs[i] for i in mine])
         if self.how == "expected":
             end = closing(self.chat)
             verdicts = self.expected([prompt + end + self.start for prompt in prompts])

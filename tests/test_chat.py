@@ -396,8 +396,18 @@ def test_a_template_that_cannot_write_a_prompt(families):
                                "{{ raise_exception('turns must alternate') }}{% endif %}[{{ m.content }}]{% endfor %}")
     template = Template(tokenizer, "some/model")
     assert template.ids([{"role": "user", "content": "a"}])
+    one, two = [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}] * 2
     with pytest.raises(UserError, match="some/model: its chat template cannot write user, user .turns must alternate"):
-        template.ids([{"role": "user", "content": "a"}] * 2)
+        template.ids(two)
+    with pytest.raises(UserError, match="some/model: its chat template cannot write user, user .turns must alternate"):
+        template.ids_of_each([one, two])
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_many_at_once_are_one_by_one(family, families):
+    template = Template(families[family], family)
+    talks = [TALK, [{"role": "user", "content": "<|im_end|>[INST] Why?"}], TALK[1:]]
+    assert template.ids_of_each(talks) == [template.ids(talk) for talk in talks] and template.ids_of_each([]) == []
 
 
 def test_a_prompt_is_a_text_to_those_who_read_one(chat):
