@@ -173,12 +173,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         new = torch.empty if len(target) else torch.zeros               # the first tile writes it, if there is one
         d_weight = new(weight.shape, device=weight.device) if need_w else None          # a sum over tiles: float32
         for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
-            logits = hidden[t] @ weight.T                                               # [t, V]
+            logits = hidden[t] @ weight.T                                                           # [t, V]
             for r in _tiles(len(logits), max(1, POLICY_ROWS // len(weight))):
                 logprob[t][r] = _turn_into_gradient(logits[r], target[t][r, None], coef[t][r, None], softcap)
             if need_h:
                 d_hidden[t] = logits @ weight
-            for v in _tiles(len(weight), CHUNK_V) if need_w else ():                    # no second [V, H] beside the sum
+            for v in _tiles(len(weight), CHUNK_V) if need_w else ():        # by parts: no second [V, H] beside the sum
                 _add_product(d_weight[v], logits[:, v].T, hidden[t], fresh=t.start == 0)
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
         ctx.mark_non_differentiable(logprob)
@@ -194,10 +194,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _turn_into_gradient(logits, target, coef, softcap):
-    """(a) of the logits [r, V] of a few tokens, whose places then hold (b) times coef: target and coef [r, 1] -> [r]."""
+    """(a) of some tokens' logits [r, V], whose places then hold (b) times coef: target and coef [r, 1] -> [r]."""
     x = soft_cap(logits.float(), softcap)                       # of float32 logits without a cap: no copy
     slope = None if softcap is None else 1 - (x / softcap) ** 2                         # d capped / d logit
-    top, picked = x.amax(1, keepdim=True), x.gather(1, target)                          # top: so that exp cannot overflow
+    top, picked = x.amax(1, keepdim=True), x.gather(1, target)                      # top: so that exp cannot overflow
     total = x.sub_(top).exp_().sum(1, keepdim=True)
     x.mul_(-coef / total).scatter_add_(1, target, coef)         # first -softmax, then + onehot
     logits.copy_(x if slope is None else x.mul_(slope))

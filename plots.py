@@ -147,11 +147,19 @@ def groups(runs):
         settings = {key: value for key, value in summary.get("settings", {"name": name}).items() if key not in passing}
         found.setdefault((summary.get("method", name), repr(settings)), []).append((name, summary))
     methods = [method for method, _ in found]
+    lengths = [method + _steps_in(members[0][1]) for (method, _), members in found.items()]
     labels = []
-    for (method, _), members in found.items():
-        label = method if methods.count(method) == 1 else members[0][0]     # a method with two settings: by directory
+    for method, longer, members in zip(methods, lengths, found.values()):   # a method with two settings: by steps, or
+        label = (method if methods.count(method) == 1 else longer if lengths.count(longer) == 1     # by directory
+                 else members[0][0])
         labels.append(label + (f" ({len(members)} seeds)" if len(members) > 1 else ""))
     return list(zip(labels, found.values()))
+
+
+def _steps_in(summary):
+    """", 1,000 steps" for a run of lsp.py with as many."""
+    steps = summary.get("settings", {}).get("steps")
+    return f", {steps:,} steps" if steps else ""
 
 
 def _band(axis, summaries, panel, against, color):
@@ -234,6 +242,8 @@ def _worth(plt, contestants, kind="ordinary"):
             raise run.UserError(f"--picture has one point for D = {D} at {count} steps, and two contestants for it; "
                                 "give runs of one of them")
     bands = [each for each in everybody if not each[1]["train_prompts"]]
+    bands = [(label.replace(_steps_in({"settings": s}), ""), s, *rest) for label, s, *rest in bands]
+    colors = {label: f"C{k + 1}" for k, label in enumerate(sorted({label for label, *_ in bands}))}
     steps = sorted({s["steps"] for _, s, *_ in bands or everybody})
     figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 4.2), layout="constrained", sharey=True, squeeze=False)
     for axis, count in zip(axes[0], steps):
@@ -244,9 +254,9 @@ def _worth(plt, contestants, kind="ordinary"):
             axis.errorbar(x, y, error, color="C0", marker="o", ms=4, lw=1.8, capsize=3, label="GRPO on D queries")
             axis.set_xscale("log", base=4)
             axis.set_xticks(x, [f"{D:,}" for D in x])
-        for k, (label, _, mean, error) in enumerate(each for each in bands if each[1]["steps"] == count):
-            axis.axhspan(mean - error, mean + error, color=f"C{k + 1}", alpha=0.15, lw=0)
-            axis.axhline(mean, color=f"C{k + 1}", lw=1.5, label=label)
+        for label, _, mean, error in sorted((each for each in bands if each[1]["steps"] == count), key=lambda e: e[0]):
+            axis.axhspan(mean - error, mean + error, color=colors[label], alpha=0.15, lw=0)
+            axis.axhline(mean, color=colors[label], lw=1.5, label=label)
         axis.set(title=f"at most {count:,} steps", xlabel="distinct queries D, used again and again")
         axis.legend(loc="lower right")
     axes[0][0].set_ylabel("answered exactly (greedy), ± standard error")

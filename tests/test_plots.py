@@ -142,6 +142,8 @@ def test_seeds_are_a_mean_and_a_band():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["lsp (2 seeds)", "grpo"]
     _, figure = panels(*seeds("lsp", (0.5, 0.8)), *seeds("lsp", (0.7,), lr=0.1))   # two settings: told apart by name
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["run 0 (2 seeds)", "run 2"]
+    _, figure = panels(*seeds("lsp", (0.5, 0.8), steps=200), *seeds("lsp", (0.7,), steps=1000))
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["lsp, 200 steps (2 seeds)", "lsp, 1,000 steps"]
 
 
 def test_long_logs_are_averaged():
