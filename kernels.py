@@ -143,8 +143,8 @@ def _add_product(out, a, b, fresh=False):
 
 # `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 256 MB in
 # float32. At V = 128,256 that is 523 tokens, enough to run the products at full speed and to touch the weight's
-# gradient rarely. Their softmax is taken of a few rows at a time, 1 MB in float32, which stay in the cache from one
-# pass to the next.
+# gradient rarely. On a CPU the softmax is taken of a few rows at a time, 1 MB in float32, which stay in the cache from
+# one pass to the next.
 POLICY_TILE, POLICY_ROWS = 64 * 2**20, 2**18
 
 
@@ -174,7 +174,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         d_weight = new(weight.shape, device=weight.device) if need_w else None          # a sum over tiles: float32
         for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
             logits = hidden[t] @ weight.T                                                           # [t, V]
-            for r in _tiles(len(logits), max(1, POLICY_ROWS // len(weight))):
+            rows = max(1, POLICY_ROWS // len(weight)) if logits.device.type == "cpu" else len(logits)
+            for r in _tiles(len(logits), rows):
                 logprob[t][r] = _turn_into_gradient(logits[r], target[t][r, None], coef[t][r, None], softcap)
             if need_h:
                 d_hidden[t] = logits @ weight
