@@ -1,16 +1,19 @@
-"""How fast, and at what memory: the two hand-written parts that have rivals, checked and then timed against them.
+"""How fast, and at what memory: the hand-written parts that have rivals, checked and then timed against them.
 
     python bench.py kernels [--tokens 512] [--hidden 2048] [--vocab 128256]    log-probabilities (kernels.py)
     python bench.py rollout [--size tiny] [--rounds 3]                         sampling (rollout.py)
+    python bench.py step [--size tiny] [--rounds 3]                            training (model.SharedPrefix)
 
 Each command first checks the thing against something slow and plain, and stops with WRONG if it does not agree: a fast
 wrong answer is worth nothing. `kernels` compares values and gradients with float64, `rollout` compares greedy decoding
-with the forward pass without a cache. Then it times. The contestants take turns within each round, so that a slow
+with the forward pass without a cache, `step` compares log-probabilities and gradients with those of padded rows. Then
+it times. The contestants take turns within each round, so that a slow
 minute of a shared machine hits all of them, and the median round is printed.
 
 Seconds depend on the machine; read the ratios. `kernels` prints every time as a multiple of the *floor* of the same
 run: the bare matrix products that the gradients need at least, one forward and two backward. 1.0 means that all else
-is free; the floor is measured like the rest, so a little below 1.0 occurs. `rollout` prints useful tokens a second, and
+is free; the floor is measured like the rest, so a little below 1.0 occurs. So does `step`, whose floor is the bare
+products of all linear layers with the tokens that there are, each once. `rollout` prints useful tokens a second, and
 as a multiple of the better of transformers' two caches in the same run. Useful tokens are those before a row's end;
 what a padded batch computes for rows that have ended does not count.
 
@@ -185,14 +188,14 @@ def time_kernels(args, dtype, device):
     _print_table("forward only", one_product, {k: forward_only(f) for k, f in peers.items()}, clear, device)
 
 
-def _print_table(title, floor, calls, clear, device):
+def _print_table(title, floor, calls, clear, device, rounds=3):
     """Peak memory in a first call of each, which is its warm-up too; then its median time, over the floor's."""
     calls = {"bare matrix products": floor} | calls
     peaks = {}
     for name, call in calls.items():
         clear()                                                  # gradients that are held already would hide the peak
         peaks[name] = peak_megabytes(call, device)
-    median = median_seconds(calls, 3, device)
+    median = median_seconds(calls, rounds, device)
     print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}")
     for name, taken in median.items():
         print(f"  {name:26s} {taken:8.2f} {taken / median['bare matrix products']:8.2f} {peaks[name]:8.0f}")
@@ -229,11 +232,13 @@ def random_llama(size, directory):
     """A random Llama checkpoint written by transformers, so that both contestants open the same file."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     layers, width, heads, kv_heads, mlp, vocab = SIZES[size]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=mlp,
                                       num_hidden_layers=layers, num_attention_heads=heads,
-                                      num_key_value_heads=kv_heads, max_position_embeddings=1024,
+                                      num_key_value_heads=kv_heads, max_position_embeddings=2048,
                                       bos_token_id=None, eos_token_id=None, pad_token_id=0)
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
@@ -296,8 +301,6 @@ def rollout_command(argv):
     device, dtype = run.device_and_dtype(args.device, args.dtype)
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
         random_llama(args.size, directory)
         exact = model.Transformer.from_pretrained(directory, device)
@@ -325,8 +328,95 @@ def rollout_command(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# python bench.py step
 
-COMMANDS = {"kernels": kernels_command, "rollout": rollout_command}
+PROMPT, ANSWERS = 512, {"a long tail": (32, 64, 96, 128, 200, 384, 744, 1024), "equal": (1024,) * 8}        # tokens
+
+
+@dataclasses.dataclass
+class StepSettings(RolloutSettings):
+    """Flags of `python bench.py step`."""
+
+
+def padded_logprobs(net, prompts, responses):
+    """What `model.response_logprobs` returns, as libraries compute it: each response a row of its own behind a copy of
+    its prompt, padded on the right to the longest."""
+    rows = [prompt + response for prompt, group in zip(prompts, responses) for response in group]
+    begin = [len(prompt) for prompt, group in zip(prompts, responses) for _ in group]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=net.device)
+    hidden = net(tokens)
+    source = torch.cat([torch.arange(i * width + b - 1, i * width + len(row) - 1)
+                        for i, (row, b) in enumerate(zip(rows, begin))]).to(net.device)
+    row = torch.tensor([i for i, (each, b) in enumerate(zip(rows, begin)) for _ in each[b:]], device=net.device)
+    logprob = kernels.linear_logprob(hidden.flatten(0, 1)[source], net.head.weight, tokens.flatten()[source + 1])
+    return logprob, row, len(rows)
+
+
+def in_one_rectangle(net, prompts, responses):
+    """`model.response_logprobs` without stairs."""
+    stair, model.STAIR = model.STAIR, 10**9
+    try:
+        return model.response_logprobs(net, prompts, responses)
+    finally:
+        model.STAIR = stair
+
+
+def bare_products(net, tokens, scored):
+    """A function that multiplies what a training step has to: forward and backward of each layer's four products with
+    `tokens` rows, and of the head with `scored`."""
+    linears = [linear for layer in net.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    shapes = [(each.weight.detach(), tokens) for each in linears] + [(net.head.weight.detach(), scored)]
+    operands = [(weight, weight.new_ones(rows, weight.shape[1]), weight.new_ones(rows, weight.shape[0]))
+                for weight, rows in shapes]
+
+    def call():
+        for weight, x, grad in operands:
+            x @ weight.T, grad @ weight, grad.T @ x
+    return call
+
+
+def step_command(argv):
+    """The sub-command `step`."""
+    args = flags.parse(StepSettings, argv, "check and time a training step's forward and backward pass")
+    device, dtype = run.device_and_dtype(args.device, args.dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        random_llama(args.size, directory)
+        net = model.Transformer.from_pretrained(directory, device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, lengths in ANSWERS.items():
+        pieces = [torch.randint(net.config.vocab_size, (n,), generator=generator).tolist() for n in (PROMPT, *lengths)]
+        prompts, responses = [pieces[0]], [pieces[1:]]
+
+        def step(function):
+            net.zero_grad()
+            logprob, row, rows = function(net, prompts, responses)
+            kernels.sum_rows(logprob, row, rows).square().mean().backward()
+            return logprob
+
+        found = {}
+        for function in (padded_logprobs, model.response_logprobs):
+            value = step(function).detach().double()
+            found[function] = [value, *(p.grad.double() for p in net.parameters())]
+        error = max(_relative_error(*pair) for pair in zip(found[model.response_logprobs], found[padded_logprobs]))
+        bound = 1e-4 if dtype == torch.float32 else 0.1
+        print(f"{'ok' if error < bound else 'WRONG'}  {name}: log-probabilities and gradients equal those of padded "
+              f"rows (largest relative error {error:.0e}, bound {bound:.0e})")
+        if not error < bound:
+            sys.exit(1)
+        found.clear()
+        count = sum(lengths)
+        print(f"\n{args.size}, {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads: a prompt of {PROMPT} "
+              f"tokens, {len(lengths)} answers of {min(lengths)} to {max(lengths)}, {count} in all")
+        _print_table("forward + backward", bare_products(net, PROMPT + count, count),
+                     {"model.response_logprobs": lambda: step(model.response_logprobs),
+                      "the same in one rectangle": lambda: step(in_one_rectangle),
+                      "rows of prompt and answer": lambda: step(padded_logprobs)}, net.zero_grad, device, args.rounds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {"kernels": kernels_command, "rollout": rollout_command, "step": step_command}
 
 
 def main(argv):

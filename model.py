@@ -104,8 +104,8 @@ class SharedPrefix:
     tensor([2, 5, 2, 4, 8, 9])
 
     Attention alone needs rows of one length. It copies queries and keys into rectangles, where dots are padding: the
-    prompts, which look at themselves, and the responses, which look at their prompt and at themselves. What is longer
-    than STAIR is cut into several, so that a long answer does not make a short one as wide.
+    prompts, which look at themselves, and the responses, which look at their prompt and at themselves. Long rows are
+    cut (`_stairs`), so that a long answer does not make a short one as wide.
 
         queries     keys                     queries     keys
         1  2  3     1  2  3                  6  7  .     1  2  3 |  6  7  .
@@ -142,11 +142,11 @@ class SharedPrefix:
 
         self.parts, padded = [], 0
         self.unpad = torch.empty(N, dtype=torch.long, device=device)    # where in `attend`'s output each token stands
-        for first, numbers in _stairs(sizes[:B]):
-            self.parts.append(_Rectangle(starts[numbers], lengths[numbers], first, N))
-        for first, numbers in _stairs(sizes[B:]):
+        for stair, numbers in _stairs(sizes[:B], alone=True):
+            self.parts.append(_Rectangle(starts[numbers], lengths[numbers], stair, N))
+        for stair, numbers in _stairs(sizes[B:]):
             prompt, numbers = owner[numbers], [B + number for number in numbers]
-            self.parts.append(_Rectangle(starts[numbers], lengths[numbers], first, N, starts[prompt], lengths[prompt]))
+            self.parts.append(_Rectangle(starts[numbers], lengths[numbers], stair, N, starts[prompt], lengths[prompt]))
         for part in self.parts:
             real = part.real()
             self.unpad[part.queries.flatten()[real]] = padded + real
@@ -172,42 +172,46 @@ class SharedPrefix:
         return torch.cat(out).index_select(0, self.unpad)
 
 
-STAIR = 256     # queries of a row in one call of attention, at most
+STAIR = 256     # of a long row, so many queries at least in one call of attention
 
 
-def _stairs(sizes):
-    """[(first, numbers)] for pieces of these lengths: their tokens are queries STAIR at a time, and `numbers` are the
-    pieces that have some left from `first` on. So no piece is padded by more than STAIR queries, and no query is
-    compared with keys that come more than STAIR after it. A training step of a tiny model on a prompt of 512 tokens and
-    eight answers of 32 to 1,024 takes .44 of one rectangle's time and .75 of its memory; with eight of 1,024 it takes
-    .90 and, since a stair copies the keys before it, 1.15.
+def _stairs(sizes, alone=False):
+    """[(stair, numbers)] for pieces of these lengths: queries come a stair at a time, a slice of the pieces' tokens,
+    and `numbers` are the pieces that reach it. So a short piece is not padded to a long one's length, and no query is
+    compared with keys beyond its stair. `python bench.py step` tells what that saves.
+
+    There are four stairs at most, since each copies the keys before it. Pieces that look at themselves alone and are
+    much of a length stay whole: for them torch has a causal kernel, which needs no mask.
 
     >>> _stairs([3, 300, 256])
-    [(0, [0, 1, 2]), (256, [1])]
+    [(slice(0, 256, None), [0, 1, 2]), (slice(256, 512, None), [1])]
     """
-    return [(first, [number for number, size in enumerate(sizes) if size > first])
-            for first in range(0, max(sizes, default=0), STAIR)]
+    longest = max(sizes, default=0)
+    width = longest if alone and longest * len(sizes) < 1.5 * sum(sizes) else max(STAIR, -(-longest // 4))
+    return [(slice(first, first + width), [number for number, size in enumerate(sizes) if size > first])
+            for first in range(0, longest, width)]
 
 
 class _Rectangle:
     """Some queries of R rows of packed tokens and all keys that they may look at, for one call of attention.
 
-    starts, lengths [R]: where each row's tokens stand in a pack of N. The queries are those from `first` on, STAIR at
-    most. before: starts and lengths of what they look at besides their own row, its prompt.
+    starts, lengths [R]: where each row's tokens stand in a pack of N. stair: which of them are queries, a slice that
+    all rows reach. before: starts and lengths of what they look at besides their own row, its prompt.
 
     A short row goes on with whatever token the pack holds there. That does no harm: a padded key's position is beyond
     every real query of its row, so none sees it, and a padded query's output is left behind. A padded query sees
     itself, so no query is without keys, for which softmax would give NaN.
     """
 
-    def __init__(self, starts, lengths, first, N, *before):
-        own = _padded(starts, lengths.clamp(max=first + STAIR), N)              # [R, first + T]
-        self.lengths = (lengths - first).clamp(max=STAIR)                       # [R] how many queries are real
-        self.queries, self.keys = own[:, first:], own                           # [R, T], [R, S] indices into the pack
-        self.whole = not before and first == 0                                  # rows that look at themselves alone
+    def __init__(self, starts, lengths, stair, N, *before):
+        upto = lengths.clamp(max=stair.stop)
+        own = _padded(starts, upto, N)                                          # [R, stair.start + T]
+        self.lengths = upto - stair.start                                       # [R] how many queries are real
+        self.queries, self.keys = own[:, stair], own                            # [R, T], [R, S] indices into the pack
+        self.whole = not before and stair.start == 0                            # rows that look at themselves alone
         begin = before[1][:, None] if before else lengths.new_zeros(1, 1)       # [R or 1, 1] a row's first position
-        key_at = begin + torch.arange(own.shape[1], device=starts.device)       # [R or 1, first + T]
-        self.query_at = key_at[:, first:]                                       # [R or 1, T]
+        key_at = begin + torch.arange(own.shape[1], device=starts.device)       # [R or 1, stair.start + T]
+        self.query_at = key_at[:, stair]                                        # [R or 1, T]
         if before:
             prompt = _padded(*before, N)                                        # [R, P]
             # A short prompt's padding stands where its row has real queries; it needs a position that none can see.

@@ -243,7 +243,8 @@ def _worth(plt, contestants, kind="ordinary"):
                                 "give runs of one of them")
     bands = [each for each in everybody if not each[1]["train_prompts"]]
     bands = [(label.replace(_steps_in({"settings": s}), ""), s, *rest) for label, s, *rest in bands]
-    colors = {label: f"C{k + 1}" for k, label in enumerate(sorted({label for label, *_ in bands}))}
+    names = sorted({label.split(" (")[0] for label, *_ in bands})               # without the number of seeds
+    colors = {label: f"C{1 + names.index(label.split(' (')[0])}" for label, *_ in bands}
     steps = sorted({s["steps"] for _, s, *_ in bands or everybody})
     figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 4.2), layout="constrained", sharey=True, squeeze=False)
     for axis, count in zip(axes[0], steps):

@@ -188,10 +188,10 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
 
     prompts: B non-empty lists of ids. max_new_tokens: one int, or [B][n] ints. temperature 0 is greedy.
     top_p in (0, 1], top_k 0 = off. stop_ids end a sample and stay in it. seeds: B ints, or one int s for s, s+1, ...
-    max_rows bounds the rows in flight and with them the cache, which takes layers * 2 * nkv * hd numbers for each token
-    of a row, prompt and limit together. prefill_tokens bounds the prompts that are computed at once, but for one alone.
-    desc: label of a progress bar, None for no bar. Returns Samples. Raises ValueError for an empty prompt or one that
-    leaves no room for max_new_tokens in the model's context, UserError where a log-prob is NaN or infinite.
+    max_rows bounds the rows in flight and with them the cache, which takes layers * 2 * nkv * hd * W numbers a row, W
+    the largest sum of a prompt and its limit. prefill_tokens bounds the prompts that are computed at once, but for a
+    single one. desc: label of a progress bar, None for no bar. Returns Samples. Raises ValueError for an empty prompt
+    or one that leaves no room for max_new_tokens in the model's context, UserError where a log-prob is NaN or infinite.
     """
     start = time.perf_counter()
     B = len(prompts)

@@ -471,7 +471,8 @@ def check_out(out, settings, resume, overwrite):
         raise UserError(f"--out {out} holds files that are not a run's; give another --out")
     for name, value in now.items() if overwrite else ():
         for part in [value, *value.split(","), *value.split(":")] if isinstance(value, str) and name != "out" else ():
-            inside = os.path.relpath(part, out).split(os.sep)[0] if part else ""
+            away, root = os.path.abspath(part), os.path.abspath(out) + os.sep
+            inside = away.removeprefix(root).split(os.sep)[0] if part and away.startswith(root) else ""
             if (inside == "state" or WRITTEN.fullmatch(inside)) and os.path.exists(part):
                 raise UserError(f"--overwrite would delete what --{name.replace('_', '-')} {value} names; give another "
                                 "--out")

@@ -116,6 +116,32 @@ def test_the_workload_is_ragged_with_a_long_tail():
     assert (prompts, lengths) == bench.workload(512)
 
 
+@pytest.fixture
+def short_step(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "tiny", (2, 16, 2, 2, 32, 40))
+    monkeypatch.setattr(bench, "PROMPT", 5)
+    monkeypatch.setattr(bench, "ANSWERS", {"a long tail": (1, 9), "equal": (4, 4)})
+    return lambda: bench.main(["step", "--rounds", "1", "--device", "cpu"])
+
+
+def test_a_step_is_compared_with_padded_rows(short_step, capsys):
+    short_step()
+    out = capsys.readouterr().out
+    assert out.count("ok  ") == 2 and "10 in all" in out and "8 in all" in out
+    for name in ("bare matrix products", "model.response_logprobs", "the same in one rectangle", "rows of prompt and"):
+        assert out.count(name) == 2
+
+
+def test_a_wrong_step_ends_the_program(short_step, monkeypatch, capsys):
+    """A response that does not see its prompt's last token."""
+    real = bench.model.response_logprobs
+    monkeypatch.setattr(bench.model, "response_logprobs", lambda net, prompts, responses: real(
+        net, [prompt[:-1] for prompt in prompts], responses))
+    with pytest.raises(SystemExit):
+        short_step()
+    assert "WRONG  a long tail" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -135,7 +161,7 @@ def test_help_is_light(tmp_path):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["sampling"], "sampling is no command of bench.py; give one of kernels, rollout"),
+    (["sampling"], "sampling is no command of bench.py; give one of kernels, rollout, step"),
     (["kernels", "--tokens", "0"], "--tokens 0 must be at least 1"),
     (["kernels", "--hidden", "-1"], "--hidden -1 must be at least 1"),
     (["kernels", "--vocab", "0"], "--vocab 0 must be at least 1"),
@@ -148,7 +174,8 @@ def test_bad_commands(argv, says):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["kernels --tokens 64 --hidden 64 --vocab 9000", "rollout --rounds 1"])
+@pytest.mark.parametrize("command", ["kernels --tokens 64 --hidden 64 --vocab 9000", "rollout --rounds 1",
+                                     "step --rounds 1"])
 def test_self_checks(command, tmp_path):
     result = python(os.path.join(ROOT, "bench.py"), *command.split(), cwd=tmp_path)
     assert result.returncode == 0 and "ok" in result.stdout and "WRONG" not in result.stdout, result.stderr[-2000:]
