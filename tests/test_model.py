@@ -444,6 +444,14 @@ def test_long_rows_are_cut_into_several_rectangles(family, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(one.detach().abs().max())), rtol=1e-4)
 
 
+def test_stairs():
+    """Four at most; prompts of like length stay whole, ragged ones do not; nothing has none."""
+    assert [len(numbers) for _, numbers in model._stairs([8000, 100, 3000])] == [3, 2, 1, 1]
+    assert model._stairs([300, 280], alone=True) == [(slice(0, 300), [0, 1])]
+    assert len(model._stairs([300, 20], alone=True)) == len(model._stairs([300, 280])) == 2
+    assert model._stairs([]) == model._stairs([], alone=True) == []
+
+
 def test_response_logprobs_without_any_response(checkpoints):
     net = Transformer.from_pretrained(checkpoints["llama"][0])
     logprob, row, rows = model.response_logprobs(net, [[5], [6]], [[], [[]]])
