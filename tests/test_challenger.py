@@ -242,6 +242,7 @@ def test_an_interrupted_one_ends_with_the_same_bytes(dies, base, whole, dies_in)
         assert open(whole / name, "rb").read() == open(f"killed/{name}", "rb").read()
 
 
+@pytest.mark.slow
 def test_stage_by_stage_is_the_whole_run(base, whole):
     for t in (1, 2):
         for stage in ("sample", "judge", "train"):

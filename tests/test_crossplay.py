@@ -149,6 +149,7 @@ def test_crossplay_on_the_embedded_world(base, ruined, capsys, monkeypatch):
     assert (row["payoff"][0][1], row["payoff_se"][0][1]) == (pytest.approx(rate), pytest.approx(error))
 
 
+@pytest.mark.slow
 def test_crossplay_goes_on_where_it_was_killed(base, ruined, dies_in, monkeypatch, capsys):
     """It dies while the second pair is judged: no checkpoint answers again, and the first pair is not judged again."""
     shutil.copytree(base, "twin")

@@ -168,6 +168,7 @@ def test_a_small_try(workplace):
     assert {row["step"] for row in samples} == {1, 2} and all({"query", "answer", "reward"} <= set(s) for s in samples)
 
 
+@pytest.mark.slow
 def test_grpo_with_a_verifier_is_interrupted_and_goes_on(workplace, dies_in, monkeypatch):
     """The first session dies, so that --resume has something to do. What it leaves is shown as a table and a picture;
     afterwards the run grows, with the same held-out prompts, and their answers stand beside them."""
@@ -218,6 +219,7 @@ def test_a_judge_of_ones_own(workplace):
     assert [row["accuracy_greedy"] for row in evaluations("out/terser")] == [None] * 3
 
 
+@pytest.mark.slow
 def test_sppo_on_conversations(workplace, qwen):
     """With a tracker; then an iteration more, on prompts that were not played; then the win rate."""
     run_all("out/talks", workplace)

@@ -246,6 +246,7 @@ def test_the_comparison_with_oneself_scales_preferences():
         assert abs(float(found.mean()) - edge * (K - 1) / K) < 5 * error < abs(edge) / K / 3
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_the_command_prints_the_tables_and_writes_the_picture(capsys):
     games._show(["--out", "new/games.png"])

@@ -454,6 +454,7 @@ def test_a_killed_run_resumes_bit_for_bit(dtype, base, dies_in):
     assert without_clock("whole/metrics.jsonl") == without_clock("killed/metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stays_with_its_initial_model(base, dies_in):
     """The run in --init goes on in between: a later checkpoint of it is not taken."""
     lsp.main(argv(model=base, out="first", mode="grpo", **SMALL))

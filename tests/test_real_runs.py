@@ -361,6 +361,7 @@ def test_steps_may_grow(mode, base):
     assert [row["name"] for row in evaluations("grown")] == ["base", "base, greedy", "step 2", "step 4"]
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_an_interrupted_run_can_be_read_and_plotted(base, dies_in, capsys):
     """After every evaluation there is a summary and a picture."""

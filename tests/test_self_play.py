@@ -233,6 +233,7 @@ def test_stage_by_stage_is_the_whole_run(rule, whole, base):
     assert same_files("stages", whole(rule), *names, "samples.jsonl", "metrics.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, name, number", [    # three chunks of answers a policy and iteration, and two steps
     ("optimistic", "sample_answers", 7),            # iteration 2, after all of pi_2's answers
     ("optimistic", "sample_answers", 8),            # iteration 2, pi_1's second chunk

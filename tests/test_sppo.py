@@ -1102,6 +1102,7 @@ def test_an_iteration_can_be_trained_again(base):
     assert open("out/iter-1/model.safetensors", "rb").read() == before
 
 
+@pytest.mark.slow
 def test_a_whole_run_goes_on_inside_a_training_that_a_stage_began(base, dies_in):
     """Without a step or a sample that stands twice in the journals."""
     flags = argv(model=base, **{**ONE, "epochs": 2, "keep": "last"})
