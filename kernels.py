@@ -141,11 +141,11 @@ def _add_product(out, a, b, fresh=False):
         out += a @ b
 
 
-# `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 256 MB in
-# float32. At V = 128,256 that is 523 tokens, enough to run the products at full speed and to touch the weight's
-# gradient rarely. On a CPU the softmax is taken of a few rows at a time, 1 MB in float32, which stay in the cache from
-# one pass to the next.
-POLICY_TILE, POLICY_ROWS = 64 * 2**20, 2**18
+# `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 128 MB in
+# float32. At V = 128,256 that is 261 tokens, enough to run the products at full speed (twice as many bring a hundredth)
+# and to touch the weight's gradient rarely. On a CPU the softmax is taken of a few rows at a time, 1 MB in float32,
+# which stay in the cache from one pass to the next.
+POLICY_TILE, POLICY_ROWS = 32 * 2**20, 2**18
 
 
 def linear_policy_loss(hidden, weight, target, coef, softcap=None):
@@ -181,6 +181,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 d_hidden[t] = logits @ weight
             for v in _tiles(len(weight), CHUNK_V) if need_w else ():        # by parts: no second [V, H] beside the sum
                 _add_product(d_weight[v], logits[:, v].T, hidden[t], fresh=t.start == 0)
+            del logits                                          # before the next tile is made: one at a time
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
         ctx.mark_non_differentiable(logprob)
         return (coef * logprob).sum(), logprob

@@ -48,6 +48,23 @@ def plot_worth(contestants, path):
     _save(lambda plt: _worth(plt, contestants), path)
 
 
+def plot_growth(panels, path):
+    """Draw costs against sizes as a PNG at `path`. panels: (title, label of x, label of y,
+    {name: [(x, y)]}) each."""
+    def draw(plt):
+        figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(WIDTH, 6), layout="constrained")
+        for axis, (title, x_label, y_label, lines) in zip(axes.flat, panels):
+            for name, points in lines.items():
+                axis.plot(*zip(*points), marker="o", ms=4, label=name)
+            axis.set(title=title, xlabel=x_label, ylabel=y_label)
+            axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            if len(lines) > 1:
+                axis.legend()
+        return figure
+    _save(draw, path)
+
+
 def _save(draw, path):
     import matplotlib
     matplotlib.use("Agg")

@@ -322,12 +322,11 @@ class World:
         >>> OPERATIONS.pieces("sort then copy:ab")
         ['sort', ' then ', 'copy', ':', 'a', 'b']
         """
-        pieces = []
-        while text:
-            piece = next((w for w in self.words() if text.startswith(w)), text[0])
-            pieces.append(piece)
-            text = text[len(piece):]
-        return pieces
+        return re.findall(self._pattern(), text, re.DOTALL)
+
+    def _pattern(self):
+        """What one piece is, as a regular expression; of the words, the first that fits."""
+        return "|".join(re.escape(w) for w in self.words()) + "|."
 
     def make_tokenizer(self):
         """The world's tokenizer, 43 tokens, as transformers' AutoTokenizer will open it again."""
@@ -337,7 +336,7 @@ class World:
         ids = {token: i for i, token in enumerate(SPECIAL + self.vocabulary())}
         core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
         core.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-            tokenizers.Regex("|".join(re.escape(w) for w in self.words()) + "|."), "isolated")
+            tokenizers.Regex(self._pattern()), "isolated")
         core.decoder = tokenizers.decoders.Fuse()
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eot>",
