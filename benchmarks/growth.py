@@ -67,21 +67,23 @@ def scoring(function, V, device, dtype):
 
 def measure(net, rounds):
     """[(title, label of x, label of y, {name: [(x, y)]})], a panel each: milliseconds, or MB."""
-    def milliseconds(calls):
+    def milliseconds(make, sizes):
+        """{name: [(size, ms)]} for make {name: size -> call}; all calls take turns."""
+        calls = {(name, size): function(size) for size in sizes for name, function in make.items()}
         for call in calls.values():
             call()
         found = timing.median_seconds(calls, rounds, net.device)
-        return [(x, 1e3 * taken) for x, taken in found.items()]
+        return {name: [(size, 1e3 * found[name, size]) for size in sizes] for name in make}
 
     ours, padded, head = "this project", "padded rows", (net.device, net.dtype)
     return [
         ("a decoding step, 256 tokens in cache", "rows", "ms",
-         {ours: milliseconds({R: decoding(net, R, 256) for R in ROWS})}),
+         milliseconds({ours: lambda R: decoding(net, R, 256)}, ROWS)),
         ("a decoding step of 16 rows", "tokens in cache", "ms",
-         {ours: milliseconds({L - 1: decoding(net, 16, L - 1) for L in LENGTHS})}),
+         milliseconds({ours: lambda L: decoding(net, 16, L - 1)}, LENGTHS)),
         ("training, a prompt of 512 tokens", "answers of 64 tokens", "ms",
-         {name: milliseconds({n: training(net, function, n) for n in ANSWERS})
-          for name, function in ((ours, model.response_logprobs), (padded, steps.padded_logprobs))}),
+         milliseconds({ours: lambda n: training(net, model.response_logprobs, n),
+                       padded: lambda n: training(net, steps.padded_logprobs, n)}, ANSWERS)),
         ("512 log-probabilities, beside the gradient", "vocabulary", "MB",
          {name: [(V, timing.peak_megabytes(scoring(function, V, *head), net.device)
                   - (V + 512) * 768 * net.dtype.itemsize / 2**20) for V in VOCABULARIES]

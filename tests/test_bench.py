@@ -208,7 +208,7 @@ def test_growth_draws_four_panels(monkeypatch, tmp_path, capsys):
     picture = str(tmp_path / "growth.png")
     bench.main(["growth", "--rounds", "1", "--device", "cpu", "--picture", picture])
     out = capsys.readouterr().out
-    for text in ("3 rows: ", "8 tokens in cache: ", "padded rows    1 answers", "90 vocabulary: "):
+    for text in ("3 rows: ", "9 tokens in cache: ", "padded rows    1 answers", "90 vocabulary: "):
         assert text in out
     assert os.path.getsize(picture) > 10_000
 
