@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 
+import parallel
 import rollout
 import run
 import world
@@ -157,7 +158,7 @@ def distinct(net, chat, challenge, args, names, count, refuse=None, shard=(0, 1)
         numbers = range(asked, asked + count - len(found))
         mine = ask(net, chat, challenge, args, names, numbers[rank::ranks], refuse,
                    desc="the Challenger's queries")
-        found |= dict.fromkeys(filter(None, run.gather([query.text for query in mine], len(numbers))))
+        found |= dict.fromkeys(filter(None, parallel.gather([query.text for query in mine], len(numbers))))
         asked += len(numbers)
     if len(found) < count:
         raise run.UserError(f"the Challenger wrote only {len(found)} different queries in {asked}; lower the number of "
@@ -171,7 +172,7 @@ def initial_queries(net, chat, challenge, args, count, shard=(0, 1), longest=0, 
     rank, ranks = shard
     asking = dataclasses.replace(args, seed=0, max_new_tokens=1)
     mine = ask(net, chat, challenge, asking, ("queries", "test"), range(rank, 2 * count, ranks))
-    asked = run.gather([query.text for query in mine], 2 * count)
+    asked = parallel.gather([query.text for query in mine], 2 * count)
     room = chat.room(longest, args.max_new_tokens, total)
     found = [text for text in dict.fromkeys(asked) if text and len(chat.encode(text)) <= room][:count]
     if not found:

@@ -18,6 +18,7 @@ judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of se
 `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the log-probabilities and times them.
 """
 
+import functools
 import math
 
 import torch
@@ -462,109 +463,80 @@ class Optimizer:
     """AdamW or RMSProp on float32 master weights, with gradient clipping.
 
     A bfloat16 weight has 8 significant bits: 0.02 - 5e-7 is 0.02 again, and a run at the paper's learning rate would
-    not move. So where the model is bfloat16 the optimizer owns float32 copies, updates those, and rounds them into the
-    model; gradients too are summed over micro-batches and ranks in float32. Where the model is float32 the master is
-    the weight itself.
+    not move. So where a weight is bfloat16 the optimizer owns a float32 copy, updates that, and rounds it into the
+    weight. Gradients too are summed over micro-batches in float32: a hook adds each to its master's the moment it is
+    complete, so that no second set of them is ever held. Where a weight is float32 it is its own master.
 
-    With several ranks each tensor has one owner (ZeRO, stage 1). Only the owner holds its master and inner state, which
-    for RMSProp are 8 of the 14 bytes a parameter; it gets the mean of all ranks' gradients, does the update, and sends
-    the new weight to all.
+    With several processes the weights are shares (parallel.shard), whose gradients are means over the processes when
+    they arrive. Weights that each process holds whole, adapters, get that mean here.
 
-    parameters: the model's, in the same order on every rank. name: "adamw" or "rmsprop". After every backward pass call
-    `collect`, after the last of a batch `step`.
+    parameters: the model's, in the same order on every process; those that need no gradient are left out. name: "adamw"
+    or "rmsprop". After the last backward pass of a batch call `step`. 18 bytes a bfloat16 parameter with AdamW (weight
+    2, master 4, gradient 4, moments 8), 14 with RMSProp.
     """
 
     def __init__(self, parameters, name, weight_decay=0.0):
-        self.parameters = list(parameters)
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.owner = shares([p.numel() for p in self.parameters], self.ranks)       # of each parameter: a rank
-        self.sums = [None] * len(self.parameters)       # of each bfloat16 parameter: its gradient so far, in float32
-        self.masters = {}                               # of each parameter that this rank owns: what is updated
-        for i, p in enumerate(self.parameters):
-            if self.owner[i] == self.rank:
-                self.masters[i] = p if p.dtype == torch.float32 else p.detach().float()
-        # The inner optimizer sees nothing but the masters. torch refuses an empty list, which a rank without a share
-        # would give it. lr is set in every step.
-        masters = list(self.masters.values()) or [torch.zeros(0)]
-        kinds = {"adamw": lambda: torch.optim.AdamW(masters, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay),
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        for p, master in zip(self.parameters, self.masters):
+            if master is not p:
+                p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
+        # The inner optimizer sees nothing but the masters. lr is set in every step.
+        fused = True if self.masters[0].is_cuda else None       # elsewhere foreach, which holds one more copy at a time
+        kinds = {"adamw": lambda: torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay,
+                                                    fused=fused),
                  # foreach would need one more copy of all weights at a time
-                 "rmsprop": lambda: torch.optim.RMSprop(masters, lr=0.0, weight_decay=weight_decay, foreach=False)}
+                 "rmsprop": lambda: torch.optim.RMSprop(self.masters, lr=0.0, weight_decay=weight_decay, foreach=False)}
         self.inner = kinds[name]()
-
-    def collect(self):
-        """Call after every backward: adds bfloat16 gradients to their float32 sums. torch sums float32 ones itself."""
-        for i, p in enumerate(self.parameters):
-            if p.dtype != torch.float32 and p.grad is not None:
-                self.sums[i] = p.grad.float() if self.sums[i] is None else self.sums[i].add_(p.grad)
-                p.grad = None
 
     def step(self, lr, clip):
         """Clip the gradient to norm `clip` (0: leave it), update with learning rate `lr`, and clear it. Returns the
         norm before clipping. Where that is not finite, nothing is updated."""
-        self.collect()
-        self._give_gradients_to_owners()
-        masters = list(self.masters.values())
-        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
-        if self.ranks > 1:                              # each rank has the norm of its share
-            square = norm.to(self.parameters[0].device) ** 2
-            dist.all_reduce(square)
-            norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(masters, clip or math.inf, norm)
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(_averaged(gradients))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm             # over all processes' shares
+        torch.nn.utils.clip_grads_with_norm_(self.masters, clip or math.inf, norm)
         for group in self.inner.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)
-        self._send_weights_to_all()
+        self.round()
         return float(norm)
 
-    def _give_gradients_to_owners(self):
-        """Each master gets its gradient, the mean over the ranks; the parameters' own are cleared."""
-        for i, p in enumerate(self.parameters):
-            gradient = p.grad if p.dtype == torch.float32 else self.sums[i]
-            if self.ranks > 1:
-                if gradient is None:                    # every rank must take part in the sum
-                    gradient = torch.zeros_like(p, dtype=torch.float32)
-                dist.reduce(gradient, dst=self.owner[i])
-                gradient /= self.ranks
-            self.sums[i] = p.grad = None                # before the next line: a float32 master is p itself
-            if i in self.masters:
-                self.masters[i].grad = gradient
-
     @torch.no_grad()
-    def _send_weights_to_all(self):
-        """Every rank's model gets the masters' values."""
-        for i, p in enumerate(self.parameters):
-            if i in self.masters and self.masters[i] is not p:
-                p.copy_(self.masters[i])                # rounds to bfloat16
-            if self.ranks > 1:
-                dist.broadcast(p.data, src=self.owner[i])
+    def round(self):
+        """The weights get their masters' values."""
+        for p, master in zip(self.parameters, self.masters):
+            if master is not p:
+                p.copy_(master)
 
-    def state_dict(self):
-        """This rank's share for --resume: the inner state, and the masters where they are not the weights."""
-        return {"inner": self.inner.state_dict(),
-                "masters": {i: None if m is self.parameters[i] else m for i, m in self.masters.items()}}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        """The inverse of state_dict, on the same rank of as many."""
-        self.inner.load_state_dict(state["inner"])
-        for i, saved in state["masters"].items():
-            if saved is not None:
-                self.masters[i].copy_(saved)
+    def tensors(self):
+        """What --resume needs, {name: tensor}: the masters and the inner optimizer's moments. They are the optimizer's
+        own. Who fills them with a saved state calls `round` then."""
+        if not self.inner.state:                # torch makes the moments in the first step: one that moves nothing
+            for master in self.masters:
+                master.grad = torch.zeros_like(master)
+            self.inner.step()
+            self.inner.zero_grad(set_to_none=True)
+        return {f"{i}.{name}": tensor for i, master in enumerate(self.masters)
+                for name, tensor in {"master": master.detach(), **self.inner.state[master]}.items()}
 
 
-def shares(sizes, ranks):
-    """Who owns what: each item, the largest first, goes to the rank that has least. A list of ranks.
+def _move_gradient(master, p):
+    """Adds a complete gradient to the float32 sum that the master holds."""
+    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+    p.grad = None
 
-    >>> shares([5, 3, 9, 4], ranks=2)
-    [1, 0, 0, 1]
-    """
-    owner, load = [0] * len(sizes), [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        owner[i] = load.index(min(load))
-        load[owner[i]] += sizes[i]
-    return owner
+
+def _averaged(gradients):
+    """The same gradients, means over the processes: in place, but for shares, which are means already."""
+    if dist.is_initialized():
+        for gradient in gradients:
+            if not hasattr(gradient, "full_tensor"):
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+    return gradients
 
 
 def linear_schedule(step, steps, warmup, lr):

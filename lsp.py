@@ -64,6 +64,7 @@ import challenger
 import files
 import kernels
 import model
+import parallel
 import plots
 import prefmodel
 import rollout
@@ -164,6 +165,7 @@ def main(argv):
     job = set_up(argv)
     args, record, net = job.args, job.record, job.net
     evaluated(0, job)                           # the initial model, which every later one is compared with
+    net = parallel.shard(net)                   # with several processes: each updates a share of the weights
     optimizer = kernels.Optimizer(net.parameters(), "adamw", args.weight_decay)
     first = restored(job, optimizer)
     bar = run.progress(desc="self-play", total=args.steps)
@@ -171,7 +173,7 @@ def main(argv):
     for step in range(first, args.steps):
         before = dict(record.seconds)
         # -- sample: both parts are the same network under two prompts, so whatever one learns, the other has ---------
-        with record.phase("sample"):
+        with record.phase("sample"), parallel.gathered(net):
             data = job.data[step] if job.data else None
             game = play(net, job.chat, args, step, job.challenge, data, job.shard, job.asker, job.held_out)
 
@@ -212,8 +214,7 @@ def main(argv):
         # -- evaluate, save -------------------------------------------------------------------------------------------
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             evaluated(step + 1, job)
-            record.save_state(iteration=0, step=step + 1, mute_steps=job.mute_steps, weights=net.state_dict(),
-                              shard={"optimizer": optimizer.state_dict()})
+            record.save_state(optimizer, iteration=0, step=step + 1, mute_steps=job.mute_steps)
     bar.close()
     finish(job)
 
@@ -270,7 +271,7 @@ def play(net, chat, args, step, challenge, data=None, shard=(0, 1), asker=None, 
         each.answers = [without_thinking(chat.decode(answer)) for answer in ids]            # what the judges read
         each.answer_ids, each.logp = ids, logprobs
         each.cut_answers = finish.count("length")
-    return Game(run.gather(plays, args.queries))
+    return Game(parallel.gather(plays, args.queries))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def rewards(judge, game, args, shard):
     if hasattr(judge, "fits"):
         queries = [shortened(q, judge.fits) for q in queries]
     mine = judge.reward(queries, game.answers[rank::ranks]).tolist() if queries else []
-    R = torch.tensor(run.gather(mine, args.queries))
+    R = torch.tensor(parallel.gather(mine, args.queries))
     if args.challenger_reward == "frontier" and not ((R >= 0) & (R <= 1)).all():
         raise run.UserError(f"--challenger-reward frontier is for rewards in [0, 1], and --reward {args.reward} gave "
                             f"{float(R.min()):g} to {float(R.max()):g}; scale them, or give spread or value")
@@ -366,7 +367,7 @@ def reference_ratios(ref, prompts, responses, token_logp, args, shard):
         tokens = [piece.tolist() for piece in logprob.split(row.bincount().tolist())]
         each = len(tokens) // len(part)
         rows += [(group, tokens[i * each:(i + 1) * each]) for i, group in enumerate(sums)]
-    rows = run.gather(rows, count)
+    rows = parallel.gather(rows, count)
     theirs = [logp for _, group in rows for logp in group]                      # R lists
     by_token = [[p - q for p, q in zip(*pair)] for pair in zip(token_logp, theirs, strict=True)]
     sampled = torch.tensor([float(sum(logp)) for logp in token_logp])
@@ -377,24 +378,18 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
     """L = L_Sol + alpha_ch L_Ch of (4) and (5), one optimizer step. Returns the gradient's norm.
 
     challenge: the Challenger's prompt as ids, or None where the queries are data and only the Solver learns.
-    The ranks' gradients are averaged by the optimizer, so each sums its share times their number.
     """
-    (N, G), (rank, ranks) = A_sol.shape, shard
+    N, G = A_sol.shape
     lengths = [len(a) for group in game.answer_ids for a in group]
     coef = token_coefficients(A_sol.flatten(), ratio_sol, lengths, args.max_new_tokens, args)
-    mine = range(rank, N, ranks)
-    for k in range(0, len(mine), args.micro_batch):
-        part = mine[k:k + args.micro_batch]
+    for part, weight in parallel.passes(N, shard, args.micro_batch):
         policy_pass(net, [game.prompts[i] for i in part], [game.answer_ids[i] for i in part],
-                    [coef[i * G + j] for i in part for j in range(G)], ranks / (N * G))
-        optimizer.collect()
+                    [coef[i * G + j] for i in part for j in range(G)], weight / G)
     if challenge is not None and args.alpha_ch:
         coef = token_coefficients(A_ch, ratio_ch, list(map(len, game.query_ids)), args.max_query_tokens, args)
-        for k in range(0, len(mine), args.micro_batch):
-            part = mine[k:k + args.micro_batch]
+        for part, weight in parallel.passes(N, shard, args.micro_batch):
             policy_pass(net, [challenge], [[game.query_ids[i] for i in part]], [coef[i] for i in part],
-                        args.alpha_ch * ranks / N)
-            optimizer.collect()
+                        args.alpha_ch * weight)
     return optimizer.step(lr, args.clip)
 
 
@@ -409,9 +404,9 @@ def evaluated(step, job):
         with record.phase("evaluate"):
             job.board.draw_base(job.ref, "test")
     if name not in job.board:
-        if step and job.shard[0] == 0:
-            job.net.save_pretrained(record.path(f"step-{step}"), job.chat.directory)
-        with record.phase("evaluate"):
+        with record.phase("evaluate"), parallel.gathered(job.net):
+            if step and job.shard[0] == 0:
+                job.net.save_pretrained(record.path(f"step-{step}"), job.chat.directory)
             job.board.add(name, job.net if step else job.ref, more=lambda: figures_of(step, job))
         if step < job.args.steps:               # after the last one `finish` does it
             summarised(job)
@@ -447,10 +442,7 @@ def restored(job, optimizer):
     record, state = job.record, job.record.training_state(0)
     if record.state is None and record.resumed:
         record.say("no state was saved yet: training starts at step 1")
-    if "weights" in state:
-        with files.restoring(record.path("state", "state.pt")):
-            job.net.load_state_dict(state.pop("weights"))
-            optimizer.load_state_dict(state.pop("optimizer"))
+    record.restore(optimizer, state)
     job.mute_steps = state.get("mute_steps", 0)
     return state["step"]
 
@@ -555,7 +547,7 @@ def set_up(argv):
                           {**{name: world.WORLDS[name].lsp | world.WORLDS[name].lsp_reward["value"]
                               for name in PLAYABLE}, "real models": REAL}))
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
-    rank, ranks, device = run.init_ranks(device, args.rank_timeout)
+    rank, ranks, device = parallel.init_ranks(device, args.rank_timeout)
     job = Job(args, device, (rank, ranks))
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
@@ -563,7 +555,8 @@ def set_up(argv):
     job.judge = prefmodel.load(args.reward, device=device, dtype=dtype)
     table_judge = prefmodel.load(args.judge, device=device, dtype=dtype) if args.judge else job.judge
     check_reward(job.judge, args)
-    job.base = initial_model(args) or run.on_rank_0_first(rank, lambda: world.base(world.WORLDS[args.world], device))
+    job.base = initial_model(args) or parallel.on_rank_0_first(
+        rank, lambda: world.base(world.WORLDS[args.world], device))
     job.net = model.Transformer.from_pretrained(job.base, device, dtype)
     job.chat = Chat(job.base, job.net, args.template_option)
     if args.world:
@@ -591,7 +584,7 @@ def set_up(argv):
     if rank == 0:
         files.write_json(record.path("state", "initial.json"), {"initial": str(job.base)})
         files.write_rows(record.path("state", "test.jsonl"), map(as_row, test))
-    run.barrier()
+    parallel.barrier()
     job.board = winrate.Scoreboard(record, job.chat, table_judge,
                                    {"test": (test, job.chat.encode_all(test, 0, args.max_new_tokens))},
                                    winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows), args.seed, job.shard)
@@ -639,7 +632,7 @@ def settle(args):
             raise run.UserError(f"--world {name} has no settings for {paid}; add them to lsp_reward in world.WORLDS")
         defaults = spoken.lsp | spoken.lsp_reward[paid]
     if args.gradient_accumulation > 0:
-        passes = args.gradient_accumulation * run.set_by_torchrun("WORLD_SIZE", 1)
+        passes = args.gradient_accumulation * parallel.set_by_torchrun("WORLD_SIZE", 1)
         args = dataclasses.replace(args, micro_batch=math.ceil((args.queries or defaults["queries"]) / passes))
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 

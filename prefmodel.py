@@ -48,7 +48,8 @@ import world
 from chat import Prompt, Template, breaker, fill, load_checkpoint, read_template, shortened, turns_of, without_thinking
 from checkpoints import fetch
 from pairrm import ESTIMATORS, PairRM, batches_by_length, bradley_terry, pairwise_preference, rectangle
-from run import UserError, gather, progress, stream
+from parallel import gather
+from run import UserError, progress, stream
 
 
 # What --judge may name besides the embedded worlds' own, for the help texts

@@ -8,9 +8,9 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
                iter-k/         (step-k/) each a complete Hugging Face checkpoint
                tensorboard/    with --track tensorboard: the figures of metrics.jsonl and of the evaluations
-               state/          what --resume needs: state.pt with a shard-*.pt for each rank, and the results of phases
-                               that were finished, or begun; replaced atomically or appended to, so that a kill -9 at
-                               any moment leaves a good one
+               state/          what --resume needs: state.pt, the optimizer's tensors (training-*), and the results of
+                               phases that were finished, or begun; replaced atomically or appended to, so that a kill
+                               -9 at any moment leaves a good one
                summary.json    the result
                curves.png      the picture
 
@@ -22,7 +22,6 @@ repeat the uninterrupted one, on a CPU bit for bit (on a GPU sums are taken in n
 import atexit
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import importlib
 import json
@@ -39,6 +38,7 @@ import torch
 import torch.distributed as dist
 
 import files
+import parallel
 from flags import UserError, brief, flag
 
 
@@ -96,7 +96,8 @@ def main(function):
         stop(f"{error.filename or 'a file'}: {error.strerror}; mend that, and give the same command again, for a "
              "training run with --resume")
     except RuntimeError as error:
-        if not _Ranks.store or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)):
+        lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
+        if not parallel.Ranks.store or not lost:
             raise
         stop("another process of this run has ended, or cannot be reached, or did not answer for as long as "
              f"--rank-timeout says; see what it printed, and go on with --resume ({str(error).splitlines()[0][:120]})")
@@ -111,7 +112,7 @@ def main(function):
 def stop(message):
     """End the program with a sentence and exit status 2."""
     try:
-        first = _Ranks.store is None or _Ranks.store.add("stopped", 1) == 1
+        first = parallel.Ranks.store is None or parallel.Ranks.store.add("stopped", 1) == 1
     except RuntimeError:                # torchrun itself is gone
         first = True
     if first:
@@ -133,6 +134,14 @@ def device_and_dtype(device="auto", dtype="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "cuda":
+            if "RANK" in os.environ:            # each process its own, before anything is allocated on the first
+                device = torch.device("cuda", parallel.set_by_torchrun("LOCAL_RANK"))
+                torch.cuda.set_device(device)
+            # cuDNN's attention with a mask has given NaN gradients (pytorch issue 196678) and wrong text (193893) on
+            # Hopper, and plans anew for every shape, of which decoding has one a step. Flash and efficient attention
+            # remain.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
@@ -141,76 +150,6 @@ def device_and_dtype(device="auto", dtype="auto"):
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if native else "float32"
     return device, getattr(torch, dtype)
-
-
-def set_by_torchrun(name, default=None):
-    """The number in one of the environment variables by which torchrun tells each process who it is. Raises UserError
-    where it holds something else."""
-    text = os.environ.get(name, default)
-    if not str(text).isdecimal():
-        raise UserError(f"the environment variable {name} is {text}, no number; start with torchrun, or unset RANK and "
-                        "WORLD_SIZE")
-    return int(text)
-
-
-class _Ranks:
-    """What the processes of a run share beside torch's default group, which sums gradients."""
-    store = None        # torchrun's key-value store
-    patient = None      # a group for objects and barriers: some may still be sampling when others arrive
-
-
-def init_ranks(device, minutes=30.0):
-    """(rank, number of ranks, this rank's device). One process unless torchrun started us.
-    minutes: how long a rank waits in a training step for another one, which may have died or hang."""
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):      # torch reads them itself, and would end in a traceback
-        set_by_torchrun(name)
-    if not os.environ.get("MASTER_ADDR"):
-        raise UserError("the environment variable MASTER_ADDR is not set; start with torchrun, or unset RANK and "
-                        "WORLD_SIZE")
-    if device.type == "cuda":
-        device = torch.device("cuda", set_by_torchrun("LOCAL_RANK"))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        _Ranks.store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
-                                store=dist.PrefixStore("ranks", _Ranks.store),
-                                timeout=datetime.timedelta(minutes=minutes))
-        _Ranks.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def gather(mine, count):
-    """Lists sharded as rank::ranks, put back in order: every rank gets the whole list of `count` items."""
-    if not dist.is_initialized():
-        return mine
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine, group=_Ranks.patient)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
-
-
-def barrier():
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier(group=_Ranks.patient)
-
-
-def sum_over_ranks(values, device):
-    """A tensor's sum over all ranks, on the CPU. NCCL adds on the GPU `device`."""
-    if not dist.is_initialized():
-        return values
-    values = values.to(device) if device.type == "cuda" else values
-    dist.all_reduce(values)
-    return values.cpu()
-
-
-def on_rank_0_first(rank, function):
-    """Call `function` on rank 0, then on the others, which find its result on disk. Returns this rank's result."""
-    if rank == 0:
-        result = function()
-    barrier()
-    return result if rank == 0 else function()
 
 
 def check_finite(metrics, where, last_good):
@@ -300,7 +239,7 @@ def rename_on_rank_0(path, name):
             os.replace(path, name)
             for changed in {os.path.dirname(path) or ".", os.path.dirname(name) or "."}:
                 files.sync(changed)
-    barrier()
+    parallel.barrier()
 
 
 def in_chunks(path, items, size, make, rank=0):
@@ -323,7 +262,7 @@ def in_chunks(path, items, size, make, rank=0):
         if rank == 0:
             with open(path, "ab") as file:
                 file.truncate(sum(len(line) + 1 for line in lines[:whole]))
-    barrier()                                               # nobody goes on, and removes it, before all have read it
+    parallel.barrier()                          # nobody goes on, and removes it, before all have read it
     for first in range(len(rows), len(items), size):
         made = make(items[first:first + size], first)
         rows += made
@@ -522,7 +461,7 @@ class Run:
             except OSError as error:
                 raise UserError(f"--out {self.out} cannot be written ({error.strerror}); "
                                 "give a directory that can") from None
-        barrier()
+        parallel.barrier()
         if resume:
             self.state = self._load_state()
             there = {*os.listdir(self.out), *os.listdir(self.path("state"))}
@@ -532,7 +471,7 @@ class Run:
             self._truncate(dict.fromkeys(self.JOURNALS, 0))
         if rank == 0 and getattr(settings, "track", ""):
             self.tracker = Tracker(settings.track, self.out, lasting(settings))
-        barrier()
+        parallel.barrier()
 
     def _prepare(self, settings, resume, overwrite):
         """Make the directory."""
@@ -554,26 +493,16 @@ class Run:
         path = self.path("state", "state.pt")
         if not os.path.exists(path):
             return None
-        state, keep = self._load(path), None
+        state = self._load(path)
         if not isinstance(state, dict):
             state = {}
-        if "shard" in state:
-            with files.restoring(path):
-                name, ranks = state.pop("shard")
-            if ranks != (dist.get_world_size() if dist.is_initialized() else 1):
-                raise UserError(f"--resume: {self.out} was saved in the middle of training by {ranks} processes; "
-                                "start as many")
-            keep = self._shard_path(name)
-            shard = self._load(keep)
-            with files.restoring(keep):
-                state |= shard
         with files.restoring(path):
             state["iteration"], state["step"]                               # what both scripts go by
             self.seconds = {name: float(value) for name, value in state["seconds"].items()}
             self.before = self.seconds.pop("total")
             if self.rank == 0:  # rows written after the state was saved will be written again: drop them
                 self._truncate({name: state["sizes"][name] for name in self.JOURNALS})
-        self.forget(rf"shard-.*-rank-{self.rank}\.pt", keep)
+        self.forget("training-.*", state.get("training"))
         return state
 
     def _load(self, path):
@@ -613,18 +542,16 @@ class Run:
         if self.tracker:
             self.tracker.send(numbers_in(row, "evaluation/"), evaluation=True)
 
-    def save_state(self, shard=None, **state):
-        """Everything --resume needs: tensors, numbers, strings, lists and dicts, `iteration` and `step` among them.
+    def save_state(self, optimizer=None, **state):
+        """Everything --resume needs: numbers, strings, lists and dicts, `iteration` and `step` among them, the same on
+        all ranks; in the middle of training the optimizer's tensors too, the weights among them.
 
-        `state` is the same on all ranks and written by rank 0; `shard`, a dict, is each rank's own. Shards go first,
-        under new names: state.pt, replaced atomically, always names a complete set.
+        The tensors go first, under a new name: state.pt, replaced atomically, always names a complete set.
         """
-        ranks, keep = dist.get_world_size() if dist.is_initialized() else 1, None
-        if shard is not None:
-            state["shard"] = [f"{state['iteration']}-{state['step']}", ranks]
-            keep = self._shard_path(state["shard"][0])
-            files.save_tensors(keep, shard)
-        barrier()
+        if optimizer is not None:
+            state["training"] = f"training-{state['iteration']}-{state['step']}"
+            parallel.save(optimizer.tensors(), self.path("state", state["training"]))
+        parallel.barrier()
         if self.rank == 0:
             for name in self.JOURNALS:              # the state counts on so many of their bytes
                 with files.writing(self.path(name)):
@@ -632,14 +559,23 @@ class Run:
             state["sizes"] = {name: os.path.getsize(self.path(name)) for name in self.JOURNALS}
             state["seconds"] = self._seconds_and_total()
             files.save_tensors(self.path("state", "state.pt"), state)
-        barrier()
-        self.forget(rf"shard-.*-rank-{self.rank}\.pt", keep)
+        parallel.barrier()
+        self.forget("training-.*", state.get("training"))
         self.state = None  # loaded once, not kept in memory
 
+    def restore(self, optimizer, state):
+        """Puts the optimizer and the weights where they were when this state was saved, if that was in the middle of
+        training."""
+        if "training" in state:
+            with files.restoring(self.path("state", "state.pt")):
+                path = self.path("state", state["training"])
+            parallel.load(optimizer.tensors(), path)
+            optimizer.round()
+
     def forget(self, pattern, keep=None):
-        """Delete the files in state/ whose whole names match the pattern, but not the path `keep`."""
-        for name in os.listdir(self.path("state")):
-            if re.fullmatch(pattern, name) and self.path("state", name) != keep:
+        """Rank 0 deletes what stands in state/ under names that match the whole pattern, but for the name `keep`."""
+        for name in os.listdir(self.path("state")) if self.rank == 0 else ():
+            if re.fullmatch(pattern, name) and name != keep:
                 files.remove(self.path("state", name))
 
     def keep(self, name, digest, items):
@@ -660,11 +596,8 @@ class Run:
 
     def training_state(self, iteration):
         """What an interrupted training left of this iteration: all that `save_state` was given, `step` among it; else
-        {"step": 0}. Take tensors out with `pop`, so that they are not kept in memory twice."""
+        {"step": 0}."""
         return self.state if self.state and self.state["iteration"] == iteration else {"step": 0}
-
-    def _shard_path(self, name):
-        return self.path("state", f"shard-{name}-rank-{self.rank}.pt")
 
     def total_seconds(self):
         """Wall-clock seconds since the program began, those of resumed sessions included."""

@@ -72,6 +72,7 @@ import challenger
 import files
 import kernels
 import model
+import parallel
 import plots
 import prefmodel
 import rollout
@@ -258,11 +259,9 @@ def trained(t, examples, statistics, job):
     if args.self_play == "magnetic":
         draw_to_magnet(t, examples, job)
     # The optimizer starts afresh too: its moments belong to another regression.
+    net = parallel.shard(net)                   # with several processes: each updates a share of the weights
     optimizer = kernels.Optimizer(net.parameters(), args.optimizer, args.weight_decay)
-    if "weights" in state:                      # --resume in the middle of this iteration
-        with files.restoring(record.path("state", "state.pt")):
-            net.load_state_dict(state.pop("weights"))
-            optimizer.load_state_dict(state.pop("optimizer"))
+    record.restore(optimizer, state)            # --resume in the middle of this iteration
 
     per_epoch, first, best = math.ceil(len(examples) / args.batch_size), state["step"], state.get("best")
     steps, scheduled = args.epochs * per_epoch, (args.schedule_epochs or args.epochs) * per_epoch
@@ -292,10 +291,9 @@ def trained(t, examples, statistics, job):
         # -- choose: the epoch that wins most on validation prompts (5.1); test prompts choose nothing ----------------
         if end_of_epoch:
             best = validate_and_keep(best, net, t, step + 1, epoch + 1, job)
-        # -- save: what --resume needs, weights and optimizer ---------------------------------------------------------
+        # -- save: what --resume needs, weights and moments -----------------------------------------------------------
         if step + 1 < steps and (end_of_epoch or args.save_every and (step + 1) % args.save_every == 0):
-            record.save_state(iteration=t, step=step + 1, best=best, weights=net.state_dict(),
-                              shard={"optimizer": optimizer.state_dict()})
+            record.save_state(optimizer, iteration=t, step=step + 1, best=best)
     bar.close()
     record.save_state(iteration=t, step=steps, best=best)
     if job.rank == 0:   # what a kill left of chunks that are in the table; what belongs to an earlier pi_{t+1}
@@ -342,7 +340,7 @@ def prompts_of(t, job):
                                         challenger.unwanted(job.args, job.chat, *lists), job.shard)
         if job.rank == 0:
             files.write_rows(path, [{"prompt": text} for text in texts])
-        run.barrier()
+        parallel.barrier()
     return read_prompts(path)
 
 
@@ -383,7 +381,7 @@ def sample_answers(net, chat, prompts, args, t, shard, first=0, of=()):
     for prompt, prompt_ids, tokens, finish in zip(mine, ids, samples.tokens, samples.finish):
         row = table_row(prompt, [chat.decode(y) for y in tokens])
         rows.append({**row, "prompt_ids": prompt_ids, "tokens": tokens, "finish": finish})
-    return run.gather(rows, len(prompts))
+    return parallel.gather(rows, len(prompts))
 
 
 def judged(t, rows, job):
@@ -448,7 +446,7 @@ def kept_logprobs(net, name, examples, args, t, shard, record, resumed=False):
         with record.phase("reference"), torch.no_grad():
             for start in range(0, len(mine), args.micro_batch):
                 refs += sequence_logprobs(net, mine[start:start + args.micro_batch]).tolist()
-        refs = run.gather(refs, len(examples))
+        refs = parallel.gather(refs, len(examples))
         record.keep(f"{name}-{t}", digest, refs)
     return refs
 
@@ -483,26 +481,20 @@ def loss_of(logratio, p, args):
 
 def gradient_step(net, optimizer, examples, args, lr, shard):
     """One optimizer step on a batch of examples, in micro-batches. Returns the batch's metrics."""
-    rank, ranks = shard
-    mine = examples[rank::ranks]
-    weight = ranks / len(examples)           # the optimizer averages over ranks: this gives the mean over the batch
-    if not mine:                             # a last batch smaller than the number of ranks: take part, with no weight
-        mine, weight = examples[:1], 0.0
     names = ("loss", "logratio_w", "logratio_l", "logp_w", "logp_l", "ranked_share")
     sums = torch.zeros(len(names), dtype=torch.float64)
-    for start in range(0, len(mine), args.micro_batch):
-        chunk = mine[start:start + args.micro_batch]
+    for numbers, weight in parallel.passes(len(examples), shard, args.micro_batch):
+        chunk = [examples[i] for i in numbers]
         logp = sequence_logprobs(net, chunk)                                                    # [b, n] log pi(y|x)
         logratio = logp - torch.tensor([e["ref"] for e in chunk], device=logp.device)           # log pi / pi_t
         p = torch.tensor([e["p"] for e in chunk], device=logp.device)                           # Phat(y > pi_t | x)
         loss = loss_of(logratio, p, args).sum() * weight
         loss.backward()
-        optimizer.collect()
         with torch.no_grad():
             is_ranked = (logratio[:, 0] > logratio[:, -1]).float()
             per_prompt = torch.stack([logratio[:, 0], logratio[:, -1], logp[:, 0], logp[:, -1], is_ranked])   # [5, b]
-            sums += torch.cat([loss[None], per_prompt.sum(1) * weight]).cpu().double() / ranks
-    metrics = dict(zip(names, run.sum_over_ranks(sums, net.device).tolist()))
+            sums += torch.cat([loss[None], per_prompt.sum(1) * weight]).cpu().double() / shard[1]
+    metrics = dict(zip(names, parallel.sum_over_ranks(sums, net.device).tolist()))
     norm = optimizer.step(lr, args.clip) if math.isfinite(metrics["loss"]) else math.nan
     return {**metrics, "grad_norm": norm, "lr": lr}
 
@@ -513,7 +505,7 @@ def validate_and_keep(best, net, t, step, epoch, job):
     args, record, rate = job.args, job.record, None
     better = epoch == args.epochs
     if chooses(args):
-        with record.phase("validate"):
+        with record.phase("validate"), parallel.gathered(net):
             rate, error = job.board.rate(net, "validation", desc="validation")
         record.write("metrics.jsonl", {"iteration": t, "step": step, "epoch": epoch,
                                   "validation_win_rate": rate, "validation_win_rate_se": error})
@@ -522,8 +514,9 @@ def validate_and_keep(best, net, t, step, epoch, job):
         better = best is None or rate > best["rate"]
     if not better:
         return best
-    if job.rank == 0:
-        net.save_pretrained(record.path("state", "best"), job.chat.directory)
+    with parallel.gathered(net):
+        if job.rank == 0:
+            net.save_pretrained(record.path("state", "best"), job.chat.directory)
     return {"rate": rate, "epoch": epoch}
 
 
@@ -624,7 +617,7 @@ def set_up(argv):
                            "real prompts": PAPER | PAPER_LOSS["sppo"]}))
     # an embedded world's 300,000 parameters have no use for bfloat16
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
-    rank, ranks, device = run.init_ranks(device, args.rank_timeout)
+    rank, ranks, device = parallel.init_ranks(device, args.rank_timeout)
     job = Job(args, device, dtype, (rank, ranks))
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
@@ -635,7 +628,7 @@ def set_up(argv):
     if "judge" in needs(args):
         job.judge = prefmodel.load(args.judge, args.estimator, device, dtype)
     if "model" in needs(args):
-        job.base = began.get("initial") or args.model or run.on_rank_0_first(
+        job.base = began.get("initial") or args.model or parallel.on_rank_0_first(
             rank, lambda: world.base(world.WORLDS[args.world], device))
         job.chat = Chat(job.base, job.network(job.base), args.template_option)
         if args.world:
@@ -663,7 +656,7 @@ def set_up(argv):
                 "sources": digests(sources), "size": size})
         if args.table:                                      # where the phases look for it
             files.write_rows(record.path(f"table-{args.iteration}.jsonl"), rows)
-    run.barrier()
+    parallel.barrier()
     evaluation = winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows, max_total_tokens=args.max_total_tokens)
     job.board = winrate.Scoreboard(record, job.chat, job.judge, job.held_out, evaluation, args.seed, job.shard)
     what = (f"stage {args.stage} of iteration {args.iteration}; " if args.stage else
@@ -722,7 +715,7 @@ def settle(args):
     if args.gradient_accumulation > 0 and args.micro_batch is not None:
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
     if args.gradient_accumulation > 0:
-        passes = args.gradient_accumulation * run.set_by_torchrun("WORLD_SIZE", 1)
+        passes = args.gradient_accumulation * parallel.set_by_torchrun("WORLD_SIZE", 1)
         defaults["micro_batch"] = math.ceil((args.batch_size or defaults["batch_size"]) / passes)
     if args.prompts != "challenger":            # nobody writes a query
         defaults.pop("max_query_tokens", None)

@@ -24,6 +24,7 @@ import torch
 import challenger
 import files
 import kernels
+import parallel
 import run
 from chat import Prompt, answer_limit, as_turn, read_text, stored, turns_of, without_thinking
 
@@ -229,7 +230,7 @@ def judge_answers(rows, judge, shard):
         judged.append(row | verdict_columns(row, p[:K, :K]))
         if "answers_before" in row:
             judged[-1]["probability_before"] = p[:K, K:].mean(-1).tolist()
-    return run.gather(judged, len(rows))
+    return parallel.gather(judged, len(rows))
 
 
 def put_table(path, rows, begun, rank):
@@ -238,7 +239,7 @@ def put_table(path, rows, begun, rank):
         files.write_rows(path, rows)
         for chunks in begun:
             files.remove(chunks)
-    run.barrier()
+    parallel.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +387,7 @@ def check_training_rows(rows, args, chat, *held_out):
             raise run.UserError(f"{table}, row {number}: {error}; make the table again") from None
     examples, _ = training_examples(rows, chat, args, args.iteration, rank=-1)
     known = os.path.join(args.out, "state", f"reference-{args.iteration}.json")
-    begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"shard-{args.iteration}-*"))
+    begun = glob.glob(os.path.join(glob.escape(args.out), "state", f"training-{args.iteration}-*"))
     with files.restoring(known):
         was = files.read_json(known)["digest"] if begun else None
     if begun and was != run.stream([e["responses"] for e in examples]):

@@ -21,6 +21,7 @@ import torch
 
 import files
 import games
+import parallel
 import prefmodel
 import rollout
 import run
@@ -58,7 +59,7 @@ def answer(net, chat, ids, n, sampling, seed, greedy=False, desc=None, shard=(0,
                                max_rows=sampling.max_rows, desc=desc)
     rows = [([without_thinking(chat.decode(t)) for t in group], sum(map(len, group)) / len(group))
             for group in samples.tokens]
-    rows = run.gather(rows, len(ids))
+    rows = parallel.gather(rows, len(ids))
     return [texts for texts, _ in rows], sum(length for _, length in rows) / len(rows)
 
 

@@ -732,16 +732,16 @@ TAMPERED = [
     ("state/state.pt", lambda path: torch.save([1], path), "begin again with --overwrite"),
     *[("state/state.pt", lambda path, key=key: without_key(path, key), "begin again with --overwrite")
       for key in ("iteration", "step", "seconds", "sizes")],
-    ("state/state.pt", lambda path: with_key(path, weights={}), "begin again with --overwrite"),
-    ("state/state.pt", lambda path: with_key(path, shard=3), "begin again with --overwrite"),
-    ("state/state.pt", lambda path: with_key(path, shard=["gone", 1]), "shard-gone-rank-0.pt cannot be read"),
+    ("state/state.pt", lambda path: with_key(path, training=3), "begin again with --overwrite"),
+    ("state/state.pt", lambda path: with_key(path, training="training-gone"), "training-gone cannot be read"),
     *[("table-1.jsonl", lambda path, text=text: written(path, text), "table-1.jsonl") for text in GARBAGE],
     *[("state/initial.json", lambda path, text=text: written(path, text), "initial.json") for text in GARBAGE[:7]],
     *[("state/initial.json", lambda path, key=key: with_entry(path, key, {"a": None}), "begin again with --overwrite")
       for key in ("initial", "iterations", "sources", "size")],
-    ("state/shard-1-2-rank-0.pt", lambda path: os.truncate(path, 100), "start again with --overwrite"),
-    ("state/shard-1-2-rank-0.pt", lambda path: os.remove(path), "start again with --overwrite"),
-    ("state/shard-1-2-rank-0.pt", lambda path: torch.save({"optimizer": {"inner": 3}}, path), "state.pt is damaged"),
+    ("state/training-1-2", lambda path: os.truncate(path, 100), "start again with --overwrite"),
+    ("state/training-1-2", lambda path: os.remove(path), "start again with --overwrite"),
+    ("state/training-1-2", lambda path: torch.save({"0.master": torch.zeros(1)}, path), "start again with --overwrite"),
+    ("state/training-1-2", lambda path: torch.save({}, path), "start again with --overwrite"),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 
 import files
 import flags
+import parallel
 import run
 from flags import UserError, flag
 from test_flags import Settings
@@ -79,10 +80,23 @@ def test_device_and_dtype():
             run.device_and_dtype(nowhere, "float32")
 
 
+def test_a_rank_takes_its_own_gpu_before_it_allocates(monkeypatch):
+    """Otherwise every process would hold some hundred MB of the first one. And cuDNN's attention is off."""
+    calls = []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: calls.append(f"cudnn {on}"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: calls.append(f"empty {device}"))
+    assert run.device_and_dtype("cuda") == (torch.device("cuda", 1), torch.bfloat16)
+    assert calls == ["set cuda:1", "cudnn False", "empty cuda:1"]
+
+
 def test_one_process_needs_no_ranks(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert run.init_ranks(torch.device("cpu")) == (0, 1, torch.device("cpu"))
-    assert run.gather([3, 1, 2], 3) == [3, 1, 2]
+    assert parallel.init_ranks(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert parallel.gather([3, 1, 2], 3) == [3, 1, 2]
 
 
 def test_stream_is_a_function_of_every_name():
@@ -173,14 +187,14 @@ def test_resume_with_another_setting_names_the_flag():
 
 
 def test_a_directory_named_like_a_pattern():
-    """Its own old shards go, a neighbour's stay, though "r[1]*" read as a pattern means the neighbour too."""
+    """Its own old tensors go, a neighbour's stay, though "r[1]*" read as a pattern means the neighbour too."""
     for name in ("r1", "r1-more", "r[1]*"):
         r = run.Run(name, Settings())
         for step in (1, 2):
-            r.save_state(iteration=0, step=step, shard={"a": step})
+            r.save_state(types.SimpleNamespace(tensors=lambda: {"a": torch.tensor(step)}), iteration=0, step=step)
     for name in ("r1", "r1-more", "r[1]*"):
-        assert sorted(os.listdir(f"{name}/state")) == ["lock", "shard-0-2-rank-0.pt", "state.pt"]
-        assert run.Run(name, Settings(), resume=True).training_state(0)["a"] == 2
+        assert sorted(os.listdir(f"{name}/state")) == ["lock", "state.pt", "training-0-2"]
+        assert run.Run(name, Settings(), resume=True).training_state(0)["training"] == "training-0-2"
 
 
 @dataclasses.dataclass

@@ -2,10 +2,10 @@
 ranks, the stages and their tables, the intransitive world, the real path."""
 
 import dataclasses
-import gc
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1234,8 +1234,9 @@ def test_two_ranks_compute_what_one_does(base, finished):
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_in_training_resume_bit_for_bit(base, complaint_of):
-    """Each rank saves its own share of the optimizer; one process alone could not go on, and says so."""
+def test_two_ranks_killed_in_training_resume_bit_for_bit(base):
+    """Each process saves its shares of weights and moments. Another number of processes can go on from them too: what
+    they compute then differs by rounding."""
     options = {**SMALL, "iterations": 1, "prompts_per_iteration": 128, "epochs": 6, "save_every": 3, "print_every": 1}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 os.path.join(ROOT, "sppo.py")]
@@ -1255,8 +1256,14 @@ def test_two_ranks_killed_in_training_resume_bit_for_bit(base, complaint_of):
     dies.wait()
     for pid in ranks_of("killed"):          # torchrun starts its workers in sessions of their own
         os.kill(pid, signal.SIGKILL)
-    assert len([name for name in os.listdir("killed/state") if name.startswith("shard-")]) >= 2
-    assert "by 2 processes; start as many" in complaint_of([*argv(model=base, out="killed", **options), "--resume"])
+    assert [name for name in os.listdir("killed/state") if name.startswith("training-")]
+    shutil.copytree("killed", "alone", ignore=shutil.ignore_patterns("lock"))
+    sppo.main([*argv(model=base, out="alone", **options), "--resume"])
+    alone, whole = ([row["loss"] for row in lines(f"{out}/metrics.jsonl") if "loss" in row]
+                    for out in ("alone", "whole"))
+    first = next(i for i, (a, b) in enumerate(zip(alone, whole)) if a != b)        # the first step after the resume
+    assert first >= 36 and len(alone) == len(whole) and alone[first:first + 5] == pytest.approx(whole[first:first + 5],
+                                                                                               rel=1e-3)
     resumed = launch("killed", "--resume")
     assert "seconds: " in resumed.communicate(timeout=200)[0] and resumed.returncode == 0
     got, want = contents("killed"), contents("whole")
@@ -1274,19 +1281,6 @@ def ranks_of(out):
         if any(pair == ("--out", out) for pair in zip(words, words[1:])):
             found.append(int(pid))
     return found
-
-
-@pytest.fixture
-def complaint_of():
-    """complaint_of(argv) -> the sentence with which sppo.main refuses."""
-    def call(flags):
-        with pytest.raises(UserError) as error:
-            sppo.main(flags)
-        said = str(error.value)
-        del error
-        gc.collect()                            # the run's lock goes with what the traceback held
-        return said
-    return call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
