@@ -23,6 +23,7 @@ import zlib
 
 import checkpoints
 import files
+import lora
 import model
 import run
 
@@ -584,7 +585,7 @@ class Chat:
     def __init__(self, path, net, options=""):
         import transformers
 
-        self.directory = checkpoints.fetch(path)
+        self.directory = lora.tokenizer_of(checkpoints.fetch(path))
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.directory)
         except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer

@@ -260,13 +260,23 @@ def copy_tokenizer(directory, path):
 # weights
 
 
+def products(c):
+    """{name of a linear in model.Layer: {Hugging Face's name of a part: how many of its output rows that part has}}."""
+    q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    gate_up = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
+    if c.fused:
+        qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * mlp}
+    return {"qkv": qkv, "o": {"self_attn.o_proj": c.hidden_size}, "down": {"mlp.down_proj": c.hidden_size},
+            "gate_up": gate_up}
+
+
 def names_in(net):
     """{Hugging Face's name of a weight: the tensor that holds it}, where ours are fused a slice of the fused one."""
     c = net.config
     names = {"model.embed_tokens.weight": net.embed.weight, "model.norm.weight": net.norm}
     if not c.tied:
         names["lm_head.weight"] = net.head.weight
-    q, kv, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     for i, layer in enumerate(net.layers):
         prefix = f"model.layers.{i}."
         norms = {"input": layer.norm1, "post_attention": layer.norm2}           # this "post" stands before the MLP
@@ -279,16 +289,9 @@ def names_in(net):
         if c.qk_norm:
             names[prefix + "self_attn.q_norm.weight"] = layer.q_norm
             names[prefix + "self_attn.k_norm.weight"] = layer.k_norm
-        # each of our linears, and the rows of it that each of theirs has
-        qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-        gate_up = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
-        if c.fused:
-            qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * mlp}
-        linears = ((layer.qkv, qkv), (layer.o, {"self_attn.o_proj": c.hidden_size}),
-                   (layer.down, {"mlp.down_proj": c.hidden_size}), (layer.gate_up, gate_up))
         for kind in ("weight", "bias"):
-            for linear, sizes in linears:
-                tensor = getattr(linear, kind)
+            for product, sizes in products(c).items():
+                tensor = getattr(getattr(layer, product), kind)
                 if tensor is not None:
                     for name, part in zip(sizes, tensor.detach().split(list(sizes.values()))):
                         names[f"{prefix}{name}.{kind}"] = part

@@ -42,6 +42,8 @@ Deviations from the paper, each with its reason:
     standard deviation) or succeed about half the time (-|V - 1/2|), instead of those it always fails. `frontier` is the
     reward of R-Zero (arXiv 2508.05004), min(V, 1 - V), less 1/2, without its penalty for repeated questions
   - off by default: --challenger frozen lets the initial model ask, which never learns: a control that the paper lacks
+  - off by default: --lora trains adapters of low rank in place of all weights (lora.py); pi_Ref is then the same
+    network with the adapters off
   - a query that is kept for evaluation is written anew: a prompt of the final table, and in an embedded world any of
     its validation and test parts. The paper does not say that its Challenger was kept from them
   - a query that is empty or was cut is played as it is, and counted: only the self-reward counts against it
@@ -63,6 +65,7 @@ import torch
 import challenger
 import files
 import kernels
+import lora
 import model
 import parallel
 import plots
@@ -406,7 +409,7 @@ def evaluated(step, job):
     if name not in job.board:
         with record.phase("evaluate"), parallel.gathered(job.net):
             if step and job.shard[0] == 0:
-                job.net.save_pretrained(record.path(f"step-{step}"), job.chat.directory)
+                lora.save_as(job.args.save, job.net, record.path(f"step-{step}"), job.chat.directory, job.base)
             job.board.add(name, job.net if step else job.ref, more=lambda: figures_of(step, job))
         if step < job.args.steps:               # after the last one `finish` does it
             summarised(job)
@@ -527,7 +530,7 @@ class Job:
     record: run.Run = None                      # the run's directory, journals and clock
     base: str = ""                              # the initial model, a checkpoint
     net: model.Transformer = None               # what is trained, Challenger and Solver in one
-    ref: model.Transformer = None               # pi_Ref, the frozen initial model: for the KL term and R_Q
+    ref: model.Transformer = None               # pi_Ref, the frozen initial model, or a lora.Reference: for KL and R_Q
     chat: Chat = None
     judge: object = None                        # gives R
     self_reward: object = None                  # gives R_Q; None in the zero-sum game and on data
@@ -563,7 +566,10 @@ def set_up(argv):
         winrate.check_speaks_world(job.base, job.net, job.chat, world.WORLDS[args.world], "--model",
                                    "--reward reward:DIR_OR_HUB_ID too, which reads natural language")
     job.net.activation_checkpointing = args.activation_checkpointing
-    job.ref = model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False)
+    lora.check_base(args, job.base, job.net.config)
+    lora.adapt(job.net, args)
+    job.ref = (lora.Reference(job.net) if args.lora else
+               model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False))
     if job.data is None:
         job.challenge = job.chat.encode(asked)
         job.trained = job.challenge if args.challenger == "trained" else None
@@ -624,6 +630,7 @@ def settle(args):
         raise run.UserError("--gradient-accumulation and --micro-batch say the same thing; give one of them")
     check_mode(args)
     check_models(args)
+    lora.check_flags(args)
     defaults = REAL | ({"lr": 1e-6} if args.mode == "grpo" else {})
     if name:
         paid = ("grpo" if args.mode == "grpo" else
@@ -745,6 +752,7 @@ def method(args):
     """What tables and pictures call the run."""
     name = args.mode + (f", {args.challenger_reward}" if args.challenger_reward != "value" else "")
     name += ", frozen Challenger" if args.challenger == "frozen" else ""
+    name += f", LoRA {args.lora}" if args.lora else ""
     name += f" on {args.train_prompts} queries" if args.train_prompts else ""
     before = os.path.join(args.init, "summary.json") if args.init else ""
     return name + (f" after {files.read_json(before)['method']}" if os.path.exists(before) else "")

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 import checkpoints
 import files
 import kernels
+import lora
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,6 +403,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.generation = {}            # what generation_config.json held, so that it can be written back
+        self.lora = None                # a lora.Adapters where the layers have adapters
         self._rope_table = None
         # True: backward recomputes each layer from its input. Only that input is then kept, H numbers a token and layer
         # instead of some 20 H. It costs one more forward (a third more time) and leaves every gradient as it was.
@@ -474,10 +476,15 @@ class Transformer(nn.Module):
     # -- checkpoints --
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32, merge=True):
         """Load a Hugging Face checkpoint: a directory or a hub id, one safetensors file or shards. Raises UserError,
-        naming the file, for an unknown family, a missing, misshapen or not finite weight, or a truncated file."""
+        naming the file, for an unknown family, a missing, misshapen or not finite weight, or a truncated file.
+        PEFT's adapters (lora.py) are merged into their base, or with merge=False left beside it, to be trained on."""
         path = checkpoints.fetch(path_or_hub_id)
+        if lora.is_adapter(path):
+            net = cls.from_pretrained(lora.base_of(path), device, dtype)
+            lora.attach(net, path)
+            return lora.merge(net) if merge else net
         where, generation = (os.path.join(path, name) for name in ("config.json", "generation_config.json"))
         config = checkpoints.Config.from_hf(files.read_json(where), where)
         checkpoints.check_end_tokens(config.raw, where)
@@ -494,9 +501,9 @@ class Transformer(nn.Module):
         return net
 
     def save_pretrained(self, directory, tokenizer=None, max_shard_bytes=5 * 10**9):
-        """Write a complete Hugging Face checkpoint, atomically. tokenizer: a checkpoint's directory (or hub id), whose
-        tokenizer files are copied byte for byte, or a tokenizer object, which writes itself; None for no tokenizer.
-        Raises UserError for a directory without such files."""
+        """Write a complete Hugging Face checkpoint, atomically; adapters are merged in what is written, not in the net.
+        tokenizer: a checkpoint's directory (or hub id), whose tokenizer files are copied byte for byte, or a tokenizer
+        object, which writes itself; None for no tokenizer. Raises UserError for a directory without such files."""
         raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}    # dtype's older name
         raw["dtype"] = str(self.dtype).removeprefix("torch.")
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
@@ -507,6 +514,7 @@ class Transformer(nn.Module):
             files.write_json(os.path.join(path, "config.json"), raw)
             files.write_json(os.path.join(path, "generation_config.json"), generation)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoints.names_in(self).items()}
+            tensors |= {name: tensor.cpu().contiguous() for name, tensor in lora.merged(self)}
             checkpoints.write_weights(tensors, path, max_shard_bytes)
             if isinstance(tokenizer, (str, os.PathLike)):
                 checkpoints.copy_tokenizer(checkpoints.fetch(tokenizer), path)

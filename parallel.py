@@ -106,9 +106,10 @@ def shard(net):
 
     The weights are then DTensors, which the optimizer updates as they are. Layers are units: one is gathered while the
     one before it computes. What is left (embedding, head, last norm) is gathered once a pass, since log-probabilities
-    read the head after the network's own forward has ended.
+    read the head after the network's own forward has ended. A network with adapters stays whole: what is trained of it
+    is small.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or net.lora is not None:
         return net
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

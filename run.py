@@ -6,7 +6,7 @@ directory that survives being killed. sppo.py and lsp.py share this file so that
     out/<name>/config.json     the settings of the last session
                metrics.jsonl   one row per step
                samples.jsonl   prompts with their responses and verdicts, to be read by a person
-               iter-k/         (step-k/) each a complete Hugging Face checkpoint
+               iter-k/         (step-k/) each a complete Hugging Face checkpoint; with --save adapter, PEFT's files
                tensorboard/    with --track tensorboard: the figures of metrics.jsonl and of the evaluations
                state/          what --resume needs: state.pt, the optimizer's tensors (training-*), and the results of
                                phases that were finished, or begun; replaced atomically or appended to, so that a kill
@@ -58,6 +58,14 @@ class CommonSettings:
     activation_checkpointing: bool = flag(False,
         "keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     weight_decay: float = flag(0.0, "of the optimizer (not in the papers)", at_least=0)
+    lora: int = flag(0,
+        "r, rank of adapters (LoRA), which are trained in place of the weights and want some ten times the learning "
+        "rate; 0 = all weights are trained", at_least=0, at_most=4096)
+    lora_alpha: float = flag(0.0, "alpha; what adapters add is multiplied by alpha / r; 0 = 2 r", at_least=0)
+    lora_layers: str = flag("all", "what gets adapters: all, or some of q,k,v,o,gate,up,down with commas between")
+    save: str = flag("merged",
+        "what iter-k/ or step-k/ holds with --lora: merged = a whole checkpoint, adapter = PEFT's files, to be used "
+        "beside the initial model", ("merged", "adapter"))
     max_new_tokens: int | None = flag(None,
         "longest answer in tokens; longer ones are cut, used, and counted", at_least=1)
     max_rows: int | None = flag(None, "sequences in flight while sampling; bounds the KV cache", at_least=1)

@@ -40,6 +40,7 @@ Deviations from the paper, each with its reason:
     these two come to rest
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
+  - off by default: --lora trains adapters of low rank in place of all weights (lora.py)
 Deviations from the official code (--preset takes its settings):
   - sampling at T = 1 and top_p = 1 as in the paper; the code has .7 and .9 (with --preset)
   - --estimator pairwise keeps the judge's cycles; the code's, `aggregate`, comes with --preset
@@ -71,6 +72,7 @@ import torch
 import challenger
 import files
 import kernels
+import lora
 import model
 import parallel
 import plots
@@ -82,9 +84,9 @@ import world
 from chat import (Chat, answer_limit, as_row, digests, earlier_session, read_prompts, read_sources, shorter_sessions,
                   split_prompts)
 from flags import flag, parse
-from table import (answer_texts, check_nothing_later, check_stage, check_stage_flags, check_training_rows,
-                   encode_prompts, judge_answers, put_table, read_table, readable_row, table_row, training_examples,
-                   without_long_prompts)
+from table import (answer_texts, check_nothing_later, check_stage, check_stage_flags, check_training_rows, chooses,
+                   encode_prompts, judge_answers, needs, put_table, read_table, readable_row, table_row,
+                   training_examples, without_long_prompts)
 
 # What a setting is when its flag is not given and real prompts are played: section 5.1, and where that is silent the
 # official code (RMSProp, 512 tokens for a prompt and 1,024 for both together; here: 1,024 for the answer). What it is
@@ -252,6 +254,7 @@ def trained(t, examples, statistics, job):
     # log-probabilities are computed first, before any weight moves.
     check_nothing_later(t, record.out)
     net = job.take(job.pi_path(t))
+    lora.adapt(net, args, t)
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
     # log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t) + const: the pull to a fixed policy ends the
@@ -516,7 +519,7 @@ def validate_and_keep(best, net, t, step, epoch, job):
         return best
     with parallel.gathered(net):
         if job.rank == 0:
-            net.save_pretrained(record.path("state", "best"), job.chat.directory)
+            lora.save_as(args.save, net, record.path("state", "best"), job.chat.directory, job.base)
     return {"rate": rate, "epoch": epoch}
 
 
@@ -554,7 +557,8 @@ def summarised(job):
 def method(args):
     """What tables and pictures call a run."""
     return (args.loss + (f", {args.self_play}" if args.self_play != "plain" else "")
-            + (", its own prompts" if args.prompts == "challenger" else ""))
+            + (", its own prompts" if args.prompts == "challenger" else "")
+            + (f", LoRA {args.lora}" if args.lora else ""))
 
 
 def finish(job):
@@ -571,7 +575,7 @@ def finish(job):
 
 @dataclasses.dataclass
 class Job:
-    """What the phases of one command work with. A stage leaves empty what it does not need (see NEEDS)."""
+    """What the phases of one command work with. A stage leaves empty what it does not need (see table.NEEDS)."""
     args: Settings
     device: torch.device
     dtype: torch.dtype
@@ -599,7 +603,8 @@ class Job:
         """A checkpoint's network, to sample from. The last one is kept: several phases in a row work with pi_t."""
         if self.loaded[0] != checkpoint:
             self.loaded = None, None                                # let go of its memory first
-            self.loaded = checkpoint, model.Transformer.from_pretrained(checkpoint, self.device, self.dtype)
+            self.loaded = checkpoint, model.Transformer.from_pretrained(checkpoint, self.device, self.dtype,
+                                                                        merge=self.args.save == "merged")
         return self.loaded[1]
 
     def take(self, checkpoint):
@@ -631,6 +636,7 @@ def set_up(argv):
         job.base = began.get("initial") or args.model or parallel.on_rank_0_first(
             rank, lambda: world.base(world.WORLDS[args.world], device))
         job.chat = Chat(job.base, job.network(job.base), args.template_option)
+        lora.check_base(args, job.base, job.network(job.base).config)
         if args.world:
             winrate.check_speaks_world(job.base, job.network(job.base), job.chat, world.WORLDS[args.world])
     if "prompts" in needs(args):
@@ -688,19 +694,6 @@ def divided(sources, began, job):
     return found[:count], found[count:], []
 
 
-def chooses(args):
-    """Is a checkpoint chosen by judging validation answers? (A whole run with one epoch reports that figure too.)"""
-    return args.keep == "best" and (args.epochs > 1 or not args.stage)
-
-
-NEEDS = {"": {"prompts", "model", "judge"}, "sample": {"prompts", "model"}, "judge": {"judge"}, "train": {"model"}}
-
-
-def needs(args):
-    """What this command works with, a set of "prompts", "model" and "judge": each stage as little as it can."""
-    return NEEDS[args.stage] | ({"prompts", "judge"} if args.stage == "train" and chooses(args) else set())
-
-
 def settle(args):
     """Fill in what was not given, and refuse what makes no sense. Returns the completed Settings."""
     if args.world and (args.prompts not in ("", "challenger") or args.preset):
@@ -725,6 +718,7 @@ def settle(args):
     if not args.judge and args.world:
         args = dataclasses.replace(args, judge=prefmodel.judge_of(args.world))
     check_self_play(args)
+    lora.check_flags(args)
     check_step_size(args)
     check_stage_flags(args)
     check_sources(args)

@@ -317,7 +317,20 @@ def encode_talks(prompt, talks, chat, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a stage finds of the stages before it
+# what a stage works with, and what it finds of the stages before it
+
+
+NEEDS = {"": {"prompts", "model", "judge"}, "sample": {"prompts", "model"}, "judge": {"judge"}, "train": {"model"}}
+
+
+def chooses(args):
+    """Is a checkpoint chosen by judging validation answers? (A whole run with one epoch reports that figure too.)"""
+    return args.keep == "best" and (args.epochs > 1 or not args.stage)
+
+
+def needs(args):
+    """What this command works with, a set of "prompts", "model" and "judge": each stage as little as it can."""
+    return NEEDS[args.stage] | ({"prompts", "judge"} if args.stage == "train" and chooses(args) else set())
 
 
 def check_stage_flags(args):

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 # Bottom first. benchmarks/ is one row: its files may import each other.
-ROOMS = ["flags", "files", "run", "kernels", "checkpoints", "model", "rollout", "chat", "world", "challenger", "table",
+ROOMS = ["flags", "files", "run", "kernels", "checkpoints", "lora", "model", "rollout", "chat", "world", "challenger", "table",
          "games", "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval", "sppo", "lsp", "bench"]
 TOP_LEVEL = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "requirements.txt", "LICENSE", ".gitignore", ".ci",
              ".github", "assets", "docs", "tests", "benchmarks"} | {room + ".py" for room in ROOMS}
