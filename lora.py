@@ -190,7 +190,7 @@ def save_as(how, net, directory, tokenizer, base):
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.{}.{}.lora_{}.weight"
-KEYS = {"r": (int, 1, 2**16), "lora_alpha": (float, 0, 1e6), "use_rslora": (bool,), "base_model_name_or_path": (str,)}
+KEYS = {"r": (int, 1, 4096), "lora_alpha": (float, 0, 1e6), "use_rslora": (bool,), "base_model_name_or_path": (str,)}
 # What changes the base or the formula must have one of these values; None stands for a missing key.
 PLAIN = {"peft_type": ["LORA"], "use_dora": [None, False], "rank_pattern": [None, {}], "alpha_pattern": [None, {}],
          "modules_to_save": [None, []], "bias": [None, "none"],
