@@ -132,25 +132,7 @@ class Reference:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is trained, merged, saved
-
-
-def trained(net):
-    """The parameters that are trained, a list: all of them, or the adapters."""
-    return [p for p in net.parameters() if p.requires_grad]
-
-
-def trained_state(net):
-    """{name: tensor} of them, for --resume: the frozen base is on the disk already."""
-    frozen = {name for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
-
-
-def load_trained_state(net, state):
-    """The inverse of `trained_state`. Raises KeyError or RuntimeError for the state of another network."""
-    if state.keys() != trained_state(net).keys():
-        raise KeyError("the saved weights are not those that are trained")
-    net.load_state_dict(state, strict=False)
+# merged, saved
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ import challenger
 import files
 import kernels
 import lora
+import memory
 import model
 import parallel
 import plots
@@ -552,6 +553,8 @@ def set_up(argv):
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = parallel.init_ranks(device, args.rank_timeout)
     job = Job(args, device, (rank, ranks))
+    memory.before(args, device, dtype, ranks, answers=args.answers, prompt=args.max_query_tokens,
+                  width=longest_row(args), moments=8, judges=[args.reward, args.judge], reference=True)
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
     asked, (job.data, test) = challenger.prompt(args), read_data(args)
@@ -595,6 +598,13 @@ def set_up(argv):
                                    {"test": (test, job.chat.encode_all(test, 0, args.max_new_tokens))},
                                    winrate.Sampling(args.max_new_tokens, max_rows=args.max_rows), args.seed, job.shard)
     return job
+
+
+def longest_row(args):
+    """Tokens of the longest row that is sampled, for memory.plan: an answer, or a verdict on one, whose rubric has
+    about 400."""
+    pair = args.max_query_tokens + args.max_new_tokens
+    return pair + 400 + args.max_verdict_tokens if args.mode == "lsp" and args.self_reward == "sample" else pair
 
 
 def check_prompts(job, test, table_judge):

@@ -43,6 +43,8 @@ from flags import UserError, brief, flag
 
 
 STARTED = time.perf_counter()
+# What helps where memory does not suffice: said by a plan (memory.py) and after an allocation that failed
+REMEDIES = "give --lora 16, --micro-batch 1, --activation-checkpointing, a smaller --max-rows, or more GPUs (torchrun)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +86,7 @@ class CommonSettings:
     rank_timeout: float = flag(30.0,
         "torchrun: minutes that a process waits for another in a training step (12 hours where one may be sampling)",
         at_least=0.01, at_most=10080)
+    plan: bool = flag(False, "print what memory the run needs, phase by phase, on one GPU or several, and end")
     resume: bool = flag(False, "continue the run in --out from its last saved state")
     overwrite: bool = flag(False, "replace the run in --out")
 
@@ -103,6 +106,8 @@ def main(function):
             raise
         stop(f"{error.filename or 'a file'}: {error.strerror}; mend that, and give the same command again, for a "
              "training run with --resume")
+    except torch.OutOfMemoryError as error:
+        stop(f"the GPU's memory is full ({str(error)[:100]}); --plan prints what needs how much; {REMEDIES}")
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
         if not parallel.Ranks.store or not lost:
@@ -380,7 +385,7 @@ class Tracker:
 
 
 # Settings of one command rather than of the run: config.json leaves them out.
-MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table")
+MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table", "plan")
 # What may differ between the sessions or the machines of one run: nothing of it changes what is computed, but for the
 # order in which floating-point sums are taken.
 PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",

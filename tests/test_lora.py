@@ -67,6 +67,11 @@ def adapted(directory, layers="all", r=3, alpha=5.0, stir=True, dtype=torch.floa
     return net
 
 
+def trained(net):
+    """The parameters that are trained, a list."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
 def logits(net):
     """[T, V] of ROW."""
     return net.logits(net(ROW))[0]
@@ -135,7 +140,7 @@ def test_gradients_flow_to_the_adapters_alone(checkpointing, directory):
     for each in (net, merged):
         model.response_logprobs(each, [[5, 9, 33]], [[[7, 60, 2], [18, 4]]])[0].sum().backward()
     assert {name.split(".")[-1] for name, p in net.named_parameters() if p.grad is not None} == {"A", "B"}
-    assert lora.trained(net) == [p for p in net.parameters() if p.grad is not None]
+    assert trained(net) == [p for p in net.parameters() if p.grad is not None]
     slopes = {}
     for i, layer in enumerate(merged.layers):
         for product, sizes in checkpoints.products(merged.config).items():
@@ -158,14 +163,14 @@ def test_merged_is_the_same_model(directory):
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", attn_implementation="eager")(ROW).logits[0]
     for after in (logits(again), logits(lora.merge(net)), theirs):
         torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-5)
-    assert net.lora is None and len(lora.trained(net)) == len(list(net.parameters()))
+    assert net.lora is None and len(trained(net)) == len(list(net.parameters()))
 
 
 def test_adapters_of_a_bfloat16_model_are_float32(random_checkpoints):
     """A step of 1e-6 moves them; the base stays to the bit; merged, W + scale B A is rounded once."""
     net = adapted(random_checkpoints["llama"], dtype=torch.bfloat16)
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    optimizer = kernels.Optimizer(lora.trained(net), "adamw")
+    optimizer = kernels.Optimizer(trained(net), "adamw")
     model.response_logprobs(net, [[5, 9]], [[[7, 60, 2]]])[0].sum().backward()
     optimizer.step(1e-6, 0)
     for name, tensor in net.state_dict().items():
@@ -186,19 +191,16 @@ def test_equal_seeds_draw_equal_adapters(random_checkpoints):
     assert torch.equal(first(5), first(5)) and not torch.equal(first(5), first(6))
 
 
-def test_the_state_of_an_adapted_net_is_its_adapters(random_checkpoints):
-    """And that of any other net is all of it, as state_dict has it."""
+def test_what_resume_needs_of_an_adapted_net_is_its_adapters(random_checkpoints):
+    """Put into another net's they make it the same; the frozen weights are on the disk already."""
     net, other = adapted(random_checkpoints["llama"]), adapted(random_checkpoints["llama"], stir=False)
-    state = lora.trained_state(net)
-    assert {name.split(".")[-1] for name in state} == {"A", "B"} and len(state) == 2 * 3 * 4
-    lora.load_trained_state(other, state)
+    saved, theirs = (kernels.Optimizer(each.parameters(), "adamw").tensors() for each in (net, other))
+    masters = [tensor for name, tensor in saved.items() if name.endswith("master")]
+    assert len(masters) == 2 * 3 * 4 and sum(map(torch.numel, masters)) == sum(map(torch.numel, trained(net)))
+    assert saved.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        tensor.copy_(saved[name])
     assert torch.equal(logits(other), logits(net))
-    plain = model.Transformer.from_pretrained(random_checkpoints["llama"])
-    assert lora.trained_state(plain).keys() == plain.state_dict().keys()
-    with pytest.raises(KeyError):
-        lora.load_trained_state(plain, state)
-    with pytest.raises(RuntimeError):
-        lora.load_trained_state(adapted(random_checkpoints["llama"], r=2), state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,9 +214,9 @@ def test_saved_and_opened_again(directory):
     assert sorted(os.listdir("adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
     beside = model.Transformer.from_pretrained("adapter", merge=False)
     assert torch.equal(logits(beside), logits(net))
-    assert lora.trained_state(beside).keys() == lora.trained_state(net).keys()
+    assert len(trained(beside)) == len(trained(net)) < len(list(net.parameters()))
     merged = model.Transformer.from_pretrained("adapter")
-    assert merged.lora is None and lora.trained(merged) == list(merged.parameters())
+    assert merged.lora is None and trained(merged) == list(merged.parameters())
     torch.testing.assert_close(logits(merged), logits(net), atol=1e-4, rtol=1e-5)
     lora.save(beside, "again", directory)
     assert same_files("adapter", "again", *os.listdir("adapter"))
@@ -350,8 +352,9 @@ def test_an_lsp_run(save, whole, base):
     rows = lines(f"{out}/metrics.jsonl")
     assert json.load(open(f"{out}/summary.json"))["method"] == "lsp, LoRA 2"
     assert abs(rows[0]["kl_solver"]) < 1e-4 and abs(rows[-1]["kl_solver"]) > 1e-3
-    state = torch.load(f"{out}/state/state.pt", weights_only=True)
-    assert {name.split(".")[-1] for name in state["weights"]} == {"A", "B"}     # the frozen base is not saved again
+    state = torch.load(f"{out}/state/training-0-3", weights_only=True)                  # the frozen base is not in it
+    weights = model.Transformer.from_pretrained(base).state_dict().values()
+    assert sum(map(torch.numel, state.values())) < 0.2 * sum(map(torch.numel, weights))
     if save == "adapter":
         assert same_files(whole(lsp, "merged"), out, "samples.jsonl")
         assert sorted(os.listdir(f"{out}/step-3")) == ["adapter_config.json", "adapter_model.safetensors"]
