@@ -13,21 +13,49 @@ the backward pass another 4, and the gradient of the logits 4 more. None of it i
     (b)  d log pi / d logit = onehot(target) - softmax(logits)      recomputed from (hidden, weight, logsumexp)
 
 So the logits are computed tile by tile, some tokens times a part of the vocabulary, and each tile is used up before the
-next is made. After them come what a transformer's layer needs besides its matrix products (RoPE's angles, attention), a
-judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence log-probabilities, and
-`Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the log-probabilities and times them.
+next is made. What is done to a tile stands here in plain torch; on CUDA kernels_triton.py does the same in fewer
+passes over it. After them come what a transformer's layer needs besides its matrix products (RoPE's angles,
+attention), a judge's preferences as Phat, the losses (SPPO, DPO, IPO) as pure functions of sequence log-probabilities,
+and `Optimizer`, which turns gradients into steps. `python bench.py kernels` checks the log-probabilities and times
+them.
 """
 
 import functools
+import importlib.util
 import math
+import os
+import types
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# One tile of logits is CHUNK_T x CHUNK_V: 16 MB in float32, small enough to stay near the cache, large enough that the
-# matrix products run at full speed. Memory is a few tiles whatever T and V are.
+# The tiles on a CPU. `linear_logprob` makes CHUNK_T x CHUNK_V logits at a time: 16 MB in float32, small enough to stay
+# near the cache, large enough that the matrix products run at full speed. Memory is a few tiles whatever T and V are.
 CHUNK_T, CHUNK_V = 1024, 4096
+
+# `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 128 MB in
+# float32. At V = 128,256 that is 261 tokens, enough to run the products at full speed (twice as many bring a hundredth)
+# and to touch the weight's gradient rarely. On a CPU the softmax is taken of a few rows at a time, 1 MB in float32,
+# which stay in the cache from one pass to the next.
+POLICY_TILE, POLICY_ROWS = 32 * 2**20, 2**18
+
+# May CUDA tensors take the Triton kernels? Yes where Triton is installed, unless KERNELS_TRITON=0 in the environment.
+TRITON = os.environ.get("KERNELS_TRITON", "1") != "0" and importlib.util.find_spec("triton") is not None
+
+
+def tile_sizes(device, vocab):
+    """(tokens, vocabulary) of `linear_logprob`'s tiles, and the tokens of `linear_policy_loss`'s, on a torch.device.
+
+    CUDA: 4,096 x 16,384 logits, 128 MB in bfloat16, and 2**28, 512 MB. A tile that fits into a GPU's cache would be too
+    small to keep all its processors at work. Its matrix products take 128 rows at a time, hence the multiple.
+
+    >>> tile_sizes(torch.device("cpu"), 128256), tile_sizes(torch.device("cuda"), 128256)
+    ((1024, 4096, 261), (4096, 16384, 2048))
+    """
+    if device.type == "cuda":
+        return 4096, 16384, max(128, 2**28 // vocab // 128 * 128)
+    return CHUNK_T, CHUNK_V, max(1, POLICY_TILE // vocab)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,11 +77,12 @@ def linear_logprob_reference(hidden, weight, target, softcap=None):
     return logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
 
 
-def linear_logprob(hidden, weight, target, softcap=None):
+def linear_logprob(hidden, weight, target, softcap=None, tile=None):
     """log softmax(hidden @ weight.T)[target] in float32, never holding more than a few tiles of the logits.
 
     hidden [T, H] and weight [V, H] of one floating dtype and device, target [T] int64 in [0, V)  ->  [T] float32.
     softcap: None, or Gemma 2's bound on the logits, which become softcap * tanh(logits / softcap), in float32.
+    tile: what works on a tile of logits, None for the device's own (`tile_functions`).
     Gradients flow to hidden and weight. Cost: one matrix product forward; backward recomputes it and adds the two
     products every linear layer has (four where the naive way needs three: the price of the memory).
 
@@ -61,7 +90,7 @@ def linear_logprob(hidden, weight, target, softcap=None):
     >>> linear_logprob(h, w, torch.tensor([1])).exp()                                        # 3 / (1 + 3)
     tensor([0.7500])
     """
-    return _LinearLogprob.apply(hidden, weight, target, softcap)
+    return _LinearLogprob.apply(hidden, weight, target, softcap, tile or tile_functions(hidden.device))
 
 
 def _tiles(length, size):
@@ -69,38 +98,28 @@ def _tiles(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _find_in_tile(target, v):
-    """Where the targets [t] stand in tile `v` of the vocabulary: (their columns [t, 1], whether they are in it [t]).
-    A target outside gets a column inside all the same, so that gather and scatter find one; the caller ignores it."""
-    width = v.stop - v.start
-    column = target - v.start
-    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
-
-
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, softcap):
+    def forward(ctx, hidden, weight, target, softcap, tile):
         T, V = hidden.shape[0], weight.shape[0]
+        chunk_t, chunk_v, _ = tile_sizes(hidden.device, V)
         lse = torch.full((T,), -math.inf, device=hidden.device)     # running log sum exp over the vocabulary
         picked = torch.zeros(T, device=hidden.device)               # the target's logit, once its tile comes by
-        for v in _tiles(V, CHUNK_V):
+        for v in _tiles(V, chunk_v):
             w = weight[v].T
-            for t in _tiles(T, CHUNK_T):
-                logits = soft_cap((hidden[t] @ w).float(), softcap)         # [t, v]
-                column, inside = _find_in_tile(target[t], v)
-                picked[t] += torch.where(inside, logits.gather(1, column).squeeze(1), 0.0)
-                # log sum exp of this tile, its maximum taken out so that exp cannot overflow; in place: no second tile
-                top = logits.amax(1, keepdim=True)
-                part = logits.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))
+            for t in _tiles(T, chunk_t):
+                part, found = tile.statistics(hidden[t] @ w, target[t] - v.start, softcap)
                 lse[t] = torch.logaddexp(lse[t], part)
+                picked[t] += found
         ctx.save_for_backward(hidden, weight, target, lse)
-        ctx.softcap = softcap
+        ctx.softcap, ctx.tile = softcap, tile
         return picked - lse                                         # (a)
 
     @staticmethod
     def backward(ctx, grad):                                        # grad [T] float32
         hidden, weight, target, lse = ctx.saved_tensors
         T, V = hidden.shape[0], weight.shape[0]
+        chunk_t, chunk_v, _ = tile_sizes(hidden.device, V)
         need_h, need_w = ctx.needs_input_grad[:2]
         # A token's gradient is a sum over all tiles of the vocabulary: the running sum is float32. A row of the
         # weight's belongs to one tile: d_w sums it up over the tokens, and it is written once.
@@ -108,53 +127,54 @@ class _LinearLogprob(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if need_w else None
         if T == 0:                                                  # no token, no tile: nothing would be written
             return (None if d_hidden is None else d_hidden.to(hidden.dtype),
-                    None if d_weight is None else d_weight.zero_(), None, None)
-        for v in _tiles(V, CHUNK_V):
+                    None if d_weight is None else d_weight.zero_(), None, None, None)
+        for v in _tiles(V, chunk_v):
             w = weight[v]
             if need_w:  # a float32 gradient is its own accumulator
                 d_w = d_weight[v] if weight.dtype == torch.float32 else torch.empty(w.shape, device=w.device)
-            for t in _tiles(T, CHUNK_T):
-                logits = soft_cap((hidden[t] @ w.T).float(), ctx.softcap)
-                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2    # d capped / d logit
-                # (b) times grad, in the logits' place: first -softmax, then + onehot
-                d_logits = logits.sub_(lse[t, None]).exp_().mul_(-grad[t, None])
-                column, inside = _find_in_tile(target[t], v)
-                d_logits.scatter_add_(1, column, torch.where(inside, grad[t], 0.0)[:, None])
-                if slope is not None:
-                    d_logits *= slope
-                d_logits = d_logits.to(hidden.dtype)                # [t, v]
+            for t in _tiles(T, chunk_t):
+                logits = hidden[t] @ w.T                            # [t, v]
+                ctx.tile.gradient_(logits, target[t] - v.start, lse[t], grad[t], ctx.softcap)
                 if need_h:
-                    _add_product(d_hidden[t], d_logits, w)
+                    _add_product(d_hidden[t], logits, w)
                 if need_w:
-                    _add_product(d_w, d_logits.T, hidden[t], fresh=t.start == 0)
+                    _add_product(d_w, logits.T, hidden[t], fresh=t.start == 0)
             if need_w and d_w.dtype != weight.dtype:
                 d_weight[v] = d_w
-        return d_hidden.to(hidden.dtype) if need_h else None, d_weight, None, None
+        return d_hidden.to(hidden.dtype) if need_h else None, d_weight, None, None, None
 
 
 def _add_product(out, a, b, fresh=False):
-    """out += a @ b, or out = a @ b where `fresh`; out float32. One fused call where the dtypes agree."""
+    """out += a @ b, or out = a @ b where `fresh`; out float32. One fused call where the dtypes agree, and on CUDA where
+    torch can add a product of two bfloat16 matrices to a float32 sum without rounding it to bfloat16 in between."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=0 if fresh else 1, out=out)
+    elif a.device.type == "cuda" and _sums_in_float32(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=0 if fresh else 1, out=out)
     elif fresh:
         out.copy_(a @ b)
     else:
         out += a @ b
 
 
-# `linear_policy_loss` cuts only the tokens into tiles; a tile has the whole vocabulary and this many logits, 128 MB in
-# float32. At V = 128,256 that is 261 tokens, enough to run the products at full speed (twice as many bring a hundredth)
-# and to touch the weight's gradient rarely. On a CPU the softmax is taken of a few rows at a time, 1 MB in float32,
-# which stay in the cache from one pass to the next.
-POLICY_TILE, POLICY_ROWS = 32 * 2**20, 2**18
+@functools.cache
+def _sums_in_float32(device, dtype):
+    """Has torch.addmm an `out_dtype` that works for this device and dtype? Versions and builds differ: tried, once."""
+    ones, out = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(out, ones, ones, out_dtype=torch.float32, out=out)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((out == 17).all())
 
 
-def linear_policy_loss(hidden, weight, target, coef, softcap=None):
+def linear_policy_loss(hidden, weight, target, coef, softcap=None, tile=None):
     """sum_m coef[m] log softmax(hidden @ weight.T)[target[m]] and its gradients, from one look at the logits.
 
     For policy gradients, whose coefficients (minus the advantage, over the batch) are known beforehand: softmax and
     gradient are formed while the tile of logits is there, three matrix products in all where `linear_logprob`
-    needs four. hidden [T, H], weight [V, H], target [T] int64, coef [T] float32, to which no gradient flows.
+    needs four. hidden [T, H], weight [V, H], target [T] int64, coef [T] float32, to which no gradient flows; softcap
+    and tile as there.
     Returns (loss [] float32, logprob [T] float32 without gradient).
 
     >>> h, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [math.log(3.0), 0.0]])  # logits 0 and log 3
@@ -162,25 +182,26 @@ def linear_policy_loss(hidden, weight, target, coef, softcap=None):
     >>> loss, logprob.exp()                                                                  # -2 log(3/4)
     (tensor(0.5754), tensor([0.7500]))
     """
-    return _LinearPolicyLoss.apply(hidden, weight, target, coef, softcap)
+    return _LinearPolicyLoss.apply(hidden, weight, target, coef, softcap, tile or tile_functions(hidden.device))
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, coef, softcap):
+    def forward(ctx, hidden, weight, target, coef, softcap, tile):
+        _, chunk_v, tokens = tile_sizes(hidden.device, len(weight))
         need_h, need_w = ctx.needs_input_grad[:2]
         logprob = torch.empty(len(target), device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if need_h else None
         new = torch.empty if len(target) else torch.zeros               # the first tile writes it, if there is one
         d_weight = new(weight.shape, device=weight.device) if need_w else None          # a sum over tiles: float32
-        for t in _tiles(len(target), max(1, POLICY_TILE // len(weight))):
+        for t in _tiles(len(target), tokens):
             logits = hidden[t] @ weight.T                                                           # [t, V]
             rows = max(1, POLICY_ROWS // len(weight)) if logits.device.type == "cpu" else len(logits)
             for r in _tiles(len(logits), rows):
-                logprob[t][r] = _turn_into_gradient(logits[r], target[t][r, None], coef[t][r, None], softcap)
+                logprob[t][r] = tile.logprob_and_gradient_(logits[r], target[t][r], coef[t][r], softcap)
             if need_h:
                 d_hidden[t] = logits @ weight
-            for v in _tiles(len(weight), CHUNK_V) if need_w else ():        # by parts: no second [V, H] beside the sum
+            for v in _tiles(len(weight), chunk_v) if need_w else ():        # by parts: no second [V, H] beside the sum
                 _add_product(d_weight[v], logits[:, v].T, hidden[t], fresh=t.start == 0)
             del logits                                          # before the next tile is made: one at a time
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
@@ -193,18 +214,61 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.gradients = None                                        # scaled in place: no second copy of the weight's
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad)
         d_weight = None if d_weight is None else d_weight.mul_(grad).to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
-def _turn_into_gradient(logits, target, coef, softcap):
-    """(a) of some tokens' logits [r, V], whose places then hold (b) times coef: target and coef [r, 1] -> [r]."""
+# What is done to a tile: logits [t, v] of any floating dtype. A target [t] int64 counts from the tile's first column,
+# and may lie outside the tile. softcap as in `linear_logprob`.
+
+
+def statistics(logits, target, softcap):
+    """What a tile adds to (a): the log sum exp of its rows, and the targets' logits, 0 for one that lies outside; both
+    [t] float32. The logits are used up."""
     x = soft_cap(logits.float(), softcap)                       # of float32 logits without a cap: no copy
+    column, inside = _find_in_tile(target, x.shape[1])
+    picked = torch.where(inside, x.gather(1, column).squeeze(1), 0.0)
+    # log sum exp of this tile, its maximum taken out so that exp cannot overflow; in place: no second tile
+    top = x.amax(1, keepdim=True)
+    return x.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1)), picked
+
+
+def gradient_(logits, target, lse, coef, softcap):
+    """Writes (b) times coef in the logits' place. lse, over the whole vocabulary, and coef are [t] float32."""
+    x = soft_cap(logits.float(), softcap)
+    slope = None if softcap is None else 1 - (x / softcap) ** 2                         # d capped / d logit
+    column, inside = _find_in_tile(target, x.shape[1])
+    x.sub_(lse[:, None]).exp_().mul_(-coef[:, None])            # first -softmax, then + onehot
+    x.scatter_add_(1, column, torch.where(inside, coef, 0.0)[:, None])
+    logits.copy_(x if slope is None else x.mul_(slope))
+
+
+def logprob_and_gradient_(logits, target, coef, softcap):
+    """(a) of rows that hold the whole vocabulary, and (b) times coef in the logits' place: `statistics` and `gradient_`
+    with one softmax between them. coef [t] float32 -> [t] float32."""
+    x, target, coef = soft_cap(logits.float(), softcap), target[:, None], coef[:, None]
     slope = None if softcap is None else 1 - (x / softcap) ** 2                         # d capped / d logit
     top, picked = x.amax(1, keepdim=True), x.gather(1, target)                      # top: so that exp cannot overflow
     total = x.sub_(top).exp_().sum(1, keepdim=True)
     x.mul_(-coef / total).scatter_add_(1, target, coef)         # first -softmax, then + onehot
     logits.copy_(x if slope is None else x.mul_(slope))
     return (picked - top - total.log()).squeeze(1)
+
+
+def _find_in_tile(target, width):
+    """Which targets [t] are columns of a tile: (columns [t, 1], whether they are in it [t]). A target outside gets a
+    column inside all the same, so that gather and scatter find one; the caller ignores it."""
+    return target.clamp(0, width - 1)[:, None], (target >= 0) & (target < width)
+
+
+PLAIN = types.SimpleNamespace(statistics=statistics, gradient_=gradient_, logprob_and_gradient_=logprob_and_gradient_)
+
+
+def tile_functions(device):
+    """Where the three functions above come from on this torch.device: `PLAIN`, or on CUDA the module kernels_triton."""
+    if device.type == "cuda" and TRITON:
+        import kernels_triton
+        return kernels_triton
+    return PLAIN
 
 
 def sum_rows(values, row, rows):

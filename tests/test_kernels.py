@@ -8,6 +8,8 @@ import copy
 import doctest
 import io
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -185,6 +187,125 @@ def test_never_holds_more_than_a_tile_of_logits(small_tiles, dtype, softcap):
             value_and_gradients(function, *draw(T, V, dtype, H), softcap)
     assert largest[kernels.linear_logprob].elements <= max(CHUNK_T * CHUNK_V, T * H, V * H) < T * V
     assert largest[kernels.linear_logprob_reference].elements >= T * V
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what works on a tile, and what CUDA chooses; emulated here
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_softmax_or_two(dtype, softcap):
+    """`logprob_and_gradient_` is `statistics`, then `gradient_`, also for a target in the first or last column."""
+    hidden, weight, target, coef = draw(21, 50, dtype)
+    logits = (hidden @ weight.T).detach()
+    lse, picked = kernels.statistics(logits.clone(), target, softcap)
+    twice, once = logits.clone(), logits.clone()
+    kernels.gradient_(twice, target, lse, coef, softcap)
+    logprob = kernels.logprob_and_gradient_(once, target, coef, softcap)
+    torch.testing.assert_close(picked - lse, logprob, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(twice, once, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+    assert not torch.equal(once, logits)
+
+
+def test_a_target_outside_its_tile():
+    """It has no logit there and no onehot, left or right of the tile."""
+    logits, lse, coef = torch.zeros(2, 4), torch.full((2,), math.log(8.0)), torch.tensor([1.0, 2.0])
+    part, picked = kernels.statistics(logits.clone(), torch.tensor([-1, 4]), None)
+    assert picked.tolist() == [0.0, 0.0] and part.exp().tolist() == pytest.approx([4.0, 4.0])
+    kernels.gradient_(logits, torch.tensor([-1, 4]), lse, coef, None)
+    torch.testing.assert_close(logits, torch.tensor([[-1 / 8] * 4, [-1 / 4] * 4]))
+
+
+def test_tile_sizes_by_device(small_tiles, monkeypatch):
+    """A CPU has the constants, whatever they are set to; CUDA has larger tiles, in multiples of 128 tokens."""
+    monkeypatch.setattr(kernels, "POLICY_TILE", 700)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernels.tile_sizes(cpu, 101) == (CHUNK_T, CHUNK_V, 6) and kernels.tile_sizes(cpu, 701)[2] == 1
+    for vocab in (1, 32000, 128256, 151936, 262144, 2**25):
+        chunk_t, chunk_v, tokens = kernels.tile_sizes(cuda, vocab)
+        assert (chunk_t, chunk_v) == (4096, 16384) and tokens % 128 == 0 and tokens >= 128
+        assert tokens == 128 or tokens * vocab <= 2**28 < (tokens + 128) * vocab
+
+
+def test_who_works_on_a_tile(monkeypatch):
+    """On a CPU plain torch, even where Triton may be used; on CUDA kernels_triton, which is imported only then."""
+    triton = types.ModuleType("kernels_triton")
+    monkeypatch.setitem(sys.modules, "kernels_triton", triton)
+    for allowed, on_cuda in ((True, triton), (False, kernels.PLAIN)):
+        monkeypatch.setattr(kernels, "TRITON", allowed)
+        assert kernels.tile_functions(torch.device("cpu")) is kernels.PLAIN
+        assert kernels.tile_functions(torch.device("cuda")) is on_cuda
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_the_chosen_functions_do_the_work(small_tiles, softcap):
+    """Forward and backward both call the functions of `tile`, on every tile, and nothing else looks at the logits."""
+    calls = []
+
+    def counted(name):
+        def call(*arguments):
+            calls.append(name)
+            return getattr(kernels, name)(*arguments)
+        return call
+
+    tile = types.SimpleNamespace(**{name: counted(name) for name in vars(kernels.PLAIN)})
+    inputs = *draw(21, 50), softcap                             # 3 x 4 tiles
+    mine = value_and_gradients(lambda *arguments: kernels.linear_logprob(*arguments, tile), *inputs)
+    assert calls == ["statistics"] * 12 + ["gradient_"] * 12
+    assert all(torch.equal(a, b) for a, b in zip(mine, value_and_gradients(kernels.linear_logprob, *inputs)))
+    calls.clear()
+    hidden, weight, target, coef = draw(21, 50)
+    kernels.linear_policy_loss(hidden, weight, target, coef, softcap, tile)
+    assert calls == ["logprob_and_gradient_"]
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+    device = torch.device("cuda")
+
+
+def addmm_with_out_dtype(out, a, b, *, beta=1, out_dtype):
+    """What torch.addmm does on CUDA where it has out_dtype, into a plain tensor: float32 throughout."""
+    assert out.dtype == out_dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+    return a.float() @ b.float() + (beta * out if beta else 0)
+
+
+def test_cuda_sums_bfloat16_products_in_float32(monkeypatch):
+    """Emulated: 64 products of 16 terms added up. A product that is rounded to bfloat16 first costs three digits."""
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 16, 16, generator=g).bfloat16() for _ in range(64)]
+    want = sum(a.double() @ b.double() for a, b in parts)
+
+    def total(wrap):
+        out = torch.full((16, 16), math.nan)                    # the first product must not look at what is there
+        for i, (a, b) in enumerate(parts):
+            kernels._add_product(out, wrap(a), wrap(b), fresh=i == 0)
+        return error(out, want)
+
+    monkeypatch.setattr(torch, "addmm", lambda *a, out, **k: out.copy_(addmm_with_out_dtype(*a, **k)))
+    monkeypatch.setattr(kernels, "_sums_in_float32", lambda device, dtype: device.type == "cuda")
+    on_cpu = total(lambda x: x)
+    assert total(lambda x: x.as_subclass(OnCuda)) < 1e-6 < 1e-3 < on_cpu
+    monkeypatch.setattr(kernels, "_sums_in_float32", lambda device, dtype: False)
+    assert total(lambda x: x.as_subclass(OnCuda)) == on_cpu     # an older torch: as on a CPU
+
+
+@pytest.mark.parametrize("does, works", [
+    (lambda *a, out, **k: out.copy_(addmm_with_out_dtype(*a, **k)), True),
+    (lambda out, *a, **k: out, False)], ids=["it works", "it leaves the sum as it was"])
+def test_out_dtype_is_tried(monkeypatch, does, works):
+    monkeypatch.setattr(torch, "addmm", does)
+    assert kernels._sums_in_float32.__wrapped__(torch.device("cpu"), torch.bfloat16) is works
+
+
+@pytest.mark.parametrize("says", [TypeError("unexpected out_dtype"), NotImplementedError("no kernel")])
+def test_a_torch_without_out_dtype(monkeypatch, says):
+    def refuses(*arguments, **options):
+        raise says
+
+    monkeypatch.setattr(torch, "addmm", refuses)
+    assert kernels._sums_in_float32.__wrapped__(torch.device("cpu"), torch.bfloat16) is False
 
 
 def test_sum_rows():

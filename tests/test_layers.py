@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 # Bottom first. benchmarks/ is one row: its files may import each other. Those about speed belong to bench.py.
-ROOMS = ["flags", "files", "parallel", "run", "kernels", "checkpoints", "lora", "model", "memory", "rollout", "chat",
-         "world", "challenger", "table", "games", "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval",
+ROOMS = ["flags", "files", "parallel", "run", "kernels_triton", "kernels", "checkpoints", "lora", "model", "memory",
+         "rollout", "chat", "world", "challenger", "table", "games", "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval",
          "sppo", "lsp", "bench"]
 SPEED = {"benchmarks/timing.py", "benchmarks/steps.py", "benchmarks/growth.py"}
 TOP_LEVEL = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "requirements.txt", "LICENSE", ".gitignore", ".ci",
@@ -80,6 +80,8 @@ def test_help_waits_for_nothing_but_torch(tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_examples_in_docstrings(file):
+    if room_of(file) == "kernels_triton":
+        pytest.importorskip("triton", reason="needs the package triton")
     result = doctest.testmod(importlib.import_module(file.removesuffix(".py").replace(os.sep, ".")))
     assert result.failed == 0
 
