@@ -16,14 +16,17 @@ Seconds depend on the machine; read the ratios. A *peer* is what a library offer
 bare matrix products that the work needs at least, in the same run: 1.0 x floor means that all else is free. It is
 measured like the rest, so a little below 1.0 occurs. `rollout` prints useful tokens a second, and as a multiple of the
 better of transformers' two caches. Useful tokens are those before a row's end; what a padded batch computes for rows
-that have ended does not count.
+that have ended does not count. On CUDA `kernels` climbs a ladder, as llm.c does: the reference, tiles in plain torch,
+the same through torch.compile, and in Triton.
 
 docs/speed.md has what was measured. `python bench.py COMMAND --help` lists the flags.
 """
 
 import dataclasses
+import functools
 import sys
 import tempfile
+import types
 
 import torch
 
@@ -51,11 +54,47 @@ class KernelSettings:
                       ("auto", "float32", "bfloat16"))
 
 
+def scored(function, *options):
+    """A function that returns log-probabilities, as one (hidden, weight, target, coef) -> (loss, log-probabilities)."""
+    def call(hidden, weight, target, coef):
+        logprob = function(hidden, weight, target, *options)
+        return (logprob * coef).sum(), logprob
+    return call
+
+
+def policy_loss(hidden, weight, target, coef, tile):
+    """The same of `linear_policy_loss`."""
+    return kernels.linear_policy_loss(hidden, weight, target, coef, None, tile)
+
+
+def ladder(device):
+    """Who works on a tile of logits: {what is added to a function's name: its argument `tile`}. A CPU has one rung, and
+    CUDA three, of which two need Triton."""
+    if device.type != "cuda":
+        return {"": kernels.PLAIN}
+    rungs = {" plain": kernels.PLAIN}
+    if kernels.TRITON:
+        # dynamic: the last tile's size is another, and would have it compiled once more
+        compiled = {name: torch.compile(function, dynamic=True) for name, function in vars(kernels.PLAIN).items()}
+        rungs |= {" compiled": types.SimpleNamespace(**compiled), " Triton": kernels.tile_functions(device)}
+    return rungs
+
+
+def log_probabilities(device):
+    """What is checked and timed: {name: function (hidden, weight, target, coef) -> (loss, log-probabilities)}. On CUDA
+    the ladder's foot too, the reference."""
+    foot = {"reference": scored(kernels.linear_logprob_reference)} if device.type == "cuda" else {}
+    rungs = ladder(device).items()
+    return (foot | {f"linear_logprob{rung}": scored(kernels.linear_logprob, None, tile) for rung, tile in rungs}
+            | {f"linear_policy_loss{rung}": functools.partial(policy_loss, tile=tile) for rung, tile in rungs})
+
+
 def check_kernels(device):
     """Values and gradients against float64, at sizes that do not divide the tiles; hot logits as in a trained model.
     Prints a line for each function and dtype; ends the program with status 1 after a WRONG one."""
     generator = torch.Generator().manual_seed(0)
-    T, H, V = kernels.CHUNK_T + 37, 64, 2 * kernels.CHUNK_V + 5
+    chunk_t, chunk_v, _ = kernels.tile_sizes(device, vocab=1)
+    T, H, V = chunk_t + 37, 64, 2 * chunk_v + 5
     draw = [torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator) * 0.5]
     target = torch.randint(V, (T,), generator=generator).to(device)
     target[0], target[1] = 0, V - 1
@@ -63,31 +102,20 @@ def check_kernels(device):
     hidden64, weight64 = (x.to(device, torch.float64).requires_grad_() for x in draw)
     value64 = (hidden64 @ weight64.T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
     (value64 * coefficient).sum().backward()
-
-    def linear_logprob(hidden, weight):
-        value = kernels.linear_logprob(hidden, weight, target)
-        (value * coefficient).sum().backward()
-        return value
-
-    def linear_policy_loss(hidden, weight):
-        loss, value = kernels.linear_policy_loss(hidden, weight, target, coefficient)
-        loss.backward()
-        return value
-
+    functions = log_probabilities(device)
+    width = max(map(len, functions))
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        for function in (linear_logprob, linear_policy_loss):
+        for name, function in functions.items():
             hidden, weight = (x.to(device, dtype, copy=True).requires_grad_() for x in draw)
-            value = function(hidden, weight)
+            loss, value = function(hidden, weight, target, coefficient)
+            loss.backward()
             errors = [timing.relative_error(value, value64), timing.relative_error(hidden.grad, hidden64.grad),
                       timing.relative_error(weight.grad, weight64.grad)]
             ok = all(error < bound for error in errors)          # a NaN fails this comparison
-            print(f"{'ok' if ok else 'WRONG'}  {function.__name__:18s} {str(dtype)[6:]:9s} relative error against "
-                  f"float64: value {errors[0]:.1e}, d hidden {errors[1]:.1e}, d weight {errors[2]:.1e} "
-                  f"(bound {bound:.0e})")
+            print(f"{'ok' if ok else 'WRONG'}  {name:{width}s} {str(dtype)[6:]:9s} relative error against float64: "
+                  f"value {errors[0]:.1e}, d hidden {errors[1]:.1e}, d weight {errors[2]:.1e} (bound {bound:.0e})")
             if not ok:
                 sys.exit(1)
-
-
 
 
 def time_kernels(args, dtype, device):
@@ -105,13 +133,13 @@ def time_kernels(args, dtype, device):
     def both_ways(function):
         def call():
             clear()
-            function(hidden, weight, target).sum().backward()
+            function(hidden, weight, target, coef)[0].backward()
         return call
 
     def forward_only(function):
         @torch.no_grad()
         def call():
-            function(hidden, weight, target)
+            function(hidden, weight, target, coef)
         return call
 
     @torch.no_grad()
@@ -124,18 +152,17 @@ def time_kernels(args, dtype, device):
         grad_logits @ weight
         grad_logits.T @ hidden
 
-    def policy_loss(h, w, t):
-        return kernels.linear_policy_loss(h, w, t, coef)[0]
-
     def torch_builtin(h, w, t):
         return -torch.nn.functional.linear_cross_entropy(h, w, t, reduction="none").float()
 
-    peers = {"linear_logprob": kernels.linear_logprob, "reference": kernels.linear_logprob_reference}
+    ours = log_probabilities(device)
+    policy = {name: ours.pop(name) for name in list(ours) if name.startswith("linear_policy_loss")}
+    peers = ours | {"reference": scored(kernels.linear_logprob_reference)}
     if hasattr(torch.nn.functional, "linear_cross_entropy"):     # torch >= 2.13
-        peers["torch linear_cross_entropy"] = torch_builtin
+        peers["torch linear_cross_entropy"] = scored(torch_builtin)
     print(f"\n{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, T {T}, H {H}, V {V}; "
           f"d weight alone is {weight.numel() * weight.element_size() / 2**20:.0f} MB; median of 3 interleaved rounds")
-    trained = peers | {"linear_policy_loss": policy_loss}        # which makes its gradients in the forward pass
+    trained = peers | policy                                     # which makes its gradients in the forward pass
     timing.print_table("forward + backward", three_products, {k: both_ways(f) for k, f in trained.items()}, clear,
                        device)
     timing.print_table("forward only", one_product, {k: forward_only(f) for k, f in peers.items()}, clear, device)

@@ -94,9 +94,10 @@ def print_table(title, floor, calls, clear, device, rounds=3):
         clear()                                                  # gradients that are held already would hide the peak
         peaks[name] = peak_megabytes(call, device)
     median = median_seconds(calls, rounds, device)
-    print(f"{title + ':':28s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}")
+    width = max(26, *map(len, median))
+    print(f"{title + ':':{width + 2}s} {'seconds':>8s} {'x floor':>8s} {'peak MB':>8s}")
     for name, taken in median.items():
-        print(f"  {name:26s} {taken:8.2f} {taken / median['bare matrix products']:8.2f} {peaks[name]:8.0f}")
+        print(f"  {name:{width}s} {taken:8.2f} {taken / median['bare matrix products']:8.2f} {peaks[name]:8.0f}")
 
 
 SIZES = {  # layers, width, query heads, key heads, MLP width, vocabulary

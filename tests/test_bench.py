@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -107,6 +108,34 @@ def test_the_table_of_kernels_names_everyone(capsys):
     for name in ("bare matrix products", "linear_logprob", "reference"):
         assert name in both and name in forward
     assert "linear_policy_loss" in both and "linear_policy_loss" not in forward
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_on_cuda_the_kernels_climb_a_ladder(small_tiles, monkeypatch, capsys, triton):
+    """Emulated: CUDA's contestants on a CPU, where each rung is checked before it is timed. What stands for compiled
+    functions and for kernels_triton counts its calls."""
+    calls = []
+
+    def counting(name, function):
+        return lambda *arguments: calls.append(name) or function(*arguments)
+
+    stand_in = types.SimpleNamespace(**{k: counting("Triton", f) for k, f in vars(kernels.PLAIN).items()})
+    monkeypatch.setattr(kernels, "TRITON", triton)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: counting("compiled", function))
+    real = bench.log_probabilities
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "tile_functions", lambda device: stand_in)
+        contestants = real(torch.device("cuda"))
+    rungs = ["plain", "compiled", "Triton"] if triton else ["plain"]
+    assert list(contestants) == ["reference", *(f"{function} {rung}" for function in (
+        "linear_logprob", "linear_policy_loss") for rung in rungs)]
+    monkeypatch.setattr(bench, "log_probabilities", lambda device: contestants)
+    bench.check_kernels(CPU)
+    assert capsys.readouterr().out.count("ok  ") == 2 * len(contestants) and set(calls) == set(rungs) - {"plain"}
+    bench.time_kernels(bench.KernelSettings(tokens=4, hidden=8, vocab=30), torch.float32, CPU)
+    both, forward = capsys.readouterr().out.split("forward only:")
+    assert all(name in both and (name in forward) is not name.startswith("linear_policy") for name in contestants)
+    assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in both.splitlines()[3:]}) == 1
 
 
 def test_the_workload_is_ragged_with_a_long_tail():
