@@ -15,8 +15,8 @@ from conftest import ROOT
 
 # Bottom first. benchmarks/ is one row: its files may import each other. Those about speed belong to bench.py.
 ROOMS = ["flags", "files", "parallel", "run", "kernels_triton", "kernels", "checkpoints", "lora", "model", "memory",
-         "rollout", "chat", "world", "challenger", "table", "games", "pairrm", "prefmodel", "winrate", "plots", "benchmarks", "eval",
-         "sppo", "lsp", "bench"]
+         "rollout", "chat", "world", "challenger", "table", "games", "pairrm", "prefmodel", "winrate", "plots",
+         "benchmarks", "eval", "sppo", "lsp", "bench"]
 SPEED = {"benchmarks/timing.py", "benchmarks/steps.py", "benchmarks/growth.py"}
 TOP_LEVEL = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "requirements.txt", "LICENSE", ".gitignore", ".ci",
              ".github", "assets", "docs", "tests", "benchmarks"} | {room + ".py" for room in ROOMS}
