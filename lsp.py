@@ -341,7 +341,7 @@ def token_coefficients(advantages, ratio, lengths, longest, args):
 def policy_pass(net, prompts, responses, coef, scale):
     """Forward and backward of  sum over the responses' tokens of coef log pi(token) * scale:  B prompts, B lists of
     responses, coef: a tensor for each response. Each prompt is computed once."""
-    view = model.SharedPrefix(prompts, responses, net.device)
+    view = model.shared_prefix(net, prompts, responses)
     hidden = net(view.tokens, view)
     coef = torch.cat(coef).to(net.device) * scale                                               # [M]
     loss, _ = kernels.linear_policy_loss(hidden[view.source], net.head.weight, view.target, coef, net.config.logit_cap)

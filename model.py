@@ -10,7 +10,8 @@ except for attention, which decides what each token may look at. So the network 
                     without padding                                     with gradient, and its n responses attend to it
     KVCache         one new token in each of R rows                     decoding
 
-All three run the same lines of `Layer.forward`, for the toy and for a 7B checkpoint alike.
+All run the same lines of `Layer.forward`, for the toy and for a 7B checkpoint alike. The last two look through masks.
+FlashPrefix and FlashCache are the same for a GPU whose flash kernel needs none; `flash_serves` says when they are used.
 
 What the families differ in stands in `checkpoints.Config`. Llama, Mistral, Qwen2, Qwen3 and Phi are one network up to
 a bias, a norm or a window. SmolLM3 leaves every fourth layer without RoPE: there a token knows only which tokens came
@@ -27,6 +28,8 @@ V vocabulary; nh query heads, nkv key/value heads, hd head dimension; S keys tha
 held by a cache row; M response tokens, those that a loss is about.
 """
 
+import functools
+import inspect
 import os
 
 import torch
@@ -126,40 +129,47 @@ class SharedPrefix:
         for begin, piece in pieces:                                             # begin: its first token's position
             ids += piece
             positions += range(begin, begin + len(piece))
-        B, N, self.rows, sizes = len(prompts), len(ids), len(rows), [len(piece) for _, piece in pieces]
-        self.tokens, self.positions = torch.tensor([ids, positions], device=device)                       # [N] each
+        B, N, self.rows = len(prompts), len(ids), len(rows)
+        self.tokens, self.positions = torch.tensor([ids, positions])                                      # [N] each
         self.max_position = max(positions) + 1
-        owner = torch.tensor([b for b, _ in rows], dtype=torch.long, device=device)         # [R] each one's prompt
-        lengths = torch.tensor(sizes, device=device)
+        owner = torch.tensor([b for b, _ in rows], dtype=torch.long)            # [R] each one's prompt
+        lengths = torch.tensor([len(piece) for _, piece in pieces])
         ends = lengths.cumsum(0)
         starts = ends - lengths                                                 # piece i is pack[starts[i]:ends[i]]
         self.prompt_last = ends[:B] - 1                                         # [B] each prompt's last token
 
-        first = sum(map(len, prompts))                                          # where the responses begin
-        self.row = torch.arange(self.rows, device=device).repeat_interleave(lengths[B:])                  # [M]
+        self.first = first = sum(map(len, prompts))                             # where the responses begin
+        self.row = torch.arange(self.rows).repeat_interleave(lengths[B:])                                 # [M]
         self.target = self.tokens[first:]                                                                 # [M]
-        self.source = torch.arange(first, N, device=device) - 1                                           # [M]
+        self.source = torch.arange(first, N) - 1                                                          # [M]
         self.source[starts[B:] - first] = self.prompt_last[owner]
+        self.last = ends[B:] - 1 if rows else self.prompt_last                  # [R or B] what can be continued
 
-        self.parts, padded = [], 0
-        self.unpad = torch.empty(N, dtype=torch.long, device=device)    # where in `attend`'s output each token stands
+        # What KVCache.admit copies of each of these: its prompt's keys and its own.
+        self.keep_kv, self.kv = keep_kv, []
+        if keep_kv:
+            self.row_lengths, self.row_keys = lengths[:B], _padded(starts[:B], lengths[:B], N)            # [B], [B, P]
+        if keep_kv and rows:
+            own = _padded(starts[B:], lengths[B:], N)
+            self.row_keys = torch.cat([self.row_keys[owner], own], 1)                                     # [R, P + T]
+            self.row_lengths = lengths[:B][owner] + lengths[B:]
+        self.parts = []
+        self._lay_out(starts, lengths, owner)
+        _move(device, self, *self.parts)
+
+    def _lay_out(self, starts, lengths, owner):
+        """What `attend` needs, still on the host. starts, lengths [B + R] of the pieces, owner [R]: which prompt's."""
+        B, N, sizes, padded = len(lengths) - self.rows, len(self.tokens), lengths.tolist(), 0
         for stair, numbers in _stairs(sizes[:B], alone=True):
             self.parts.append(_Rectangle(starts[numbers], lengths[numbers], stair, N))
         for stair, numbers in _stairs(sizes[B:]):
             prompt, numbers = owner[numbers], [B + number for number in numbers]
             self.parts.append(_Rectangle(starts[numbers], lengths[numbers], stair, N, starts[prompt], lengths[prompt]))
+        self.unpad = torch.empty(N, dtype=torch.long)       # where in `attend`'s output each token stands
         for part in self.parts:
             real = part.real()
             self.unpad[part.queries.flatten()[real]] = padded + real
             padded += part.queries.numel()
-
-        # What can be continued, and what KVCache.admit copies for it: the keys of the responses, their prompt's
-        # included, or of the prompts where there is no response. `last` [R or B]: each one's last token in the pack.
-        self.keep_kv, self.kv, self.last, self.row_lengths = keep_kv, [], self.prompt_last, lengths[:B]
-        self.row_keys = _padded(starts[:B], lengths[:B], N)                                               # [B, P]
-        if rows:
-            self.last, self.row_lengths = ends[B:] - 1, lengths[:B][owner] + lengths[B:]
-            self.row_keys = torch.cat([self.row_keys[owner], _padded(starts[B:], lengths[B:], N)], 1)     # [R, P + T]
 
     def mask(self, window, c, dtype):
         """What `attend` wants in a layer with this window: a mask, or None, for each rectangle."""
@@ -211,12 +221,12 @@ class _Rectangle:
         self.queries, self.keys = own[:, stair], own                            # [R, T], [R, S] indices into the pack
         self.whole = not before and stair.start == 0                            # rows that look at themselves alone
         begin = before[1][:, None] if before else lengths.new_zeros(1, 1)       # [R or 1, 1] a row's first position
-        key_at = begin + torch.arange(own.shape[1], device=starts.device)       # [R or 1, stair.start + T]
+        key_at = begin + torch.arange(own.shape[1])                             # [R or 1, stair.start + T]
         self.query_at = key_at[:, stair]                                        # [R or 1, T]
         if before:
             prompt = _padded(*before, N)                                        # [R, P]
             # A short prompt's padding stands where its row has real queries; it needs a position that none can see.
-            prompt_at = torch.arange(prompt.shape[1], device=starts.device)
+            prompt_at = torch.arange(prompt.shape[1])
             prompt_at = torch.where(prompt_at < begin, prompt_at, torch.iinfo(torch.int32).max)
             self.keys, key_at = torch.cat([prompt, own], 1), torch.cat([prompt_at, key_at], 1)
         self.key_at = key_at                                                    # [R or 1, S]
@@ -229,7 +239,7 @@ class _Rectangle:
 
     def real(self):
         """Where the real queries stand in the flat output of `attend`, row by row."""
-        columns = torch.arange(self.queries.shape[1], device=self.queries.device)
+        columns = torch.arange(self.queries.shape[1])
         return (columns < self.lengths[:, None]).flatten().nonzero().squeeze(1)
 
     def attend(self, q, k, v, mask, scale, cap):
@@ -240,8 +250,123 @@ class _Rectangle:
 
 def _padded(starts, lengths, N):
     """Indices into the pack, [R, longest], of R pieces that begin at `starts`; past a piece's end, of what follows."""
-    columns = torch.arange(int(lengths.max()), device=starts.device)
+    columns = torch.arange(int(lengths.max()))
     return (starts[:, None] + columns).clamp(max=N - 1)
+
+
+def _move(device, *objects):
+    """Put every tensor that the objects hold, all int64, on the device, in one copy. They are built on the host: there
+    a small operation costs no launch, and asking for a length does not wait for the device."""
+    if torch.device(device).type == "cpu":
+        return
+    held = [(vars(each), name) for each in objects for name, value in vars(each).items() if torch.is_tensor(value)]
+    tensors = [attributes[name] for attributes, name in held]
+    moved = torch.cat([x.flatten() for x in tensors]).to(device).split([x.numel() for x in tensors])
+    for (attributes, name), old, new in zip(held, tensors, moved):
+        attributes[name] = new.view(old.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same views without masks, for a GPU
+
+
+def flash_serves(net):
+    """Whether torch's flash kernel computes this net's attention: the one place where views are chosen.
+
+    The kernel goes through rows of any length that lie end to end, so nothing is padded, no mask is built, and a
+    decoding step reads the keys that a row has and no others. It runs on NVIDIA GPUs from compute capability 8.0 on,
+    in bfloat16 or float16, with heads of up to 256 numbers, a multiple of 8. It has no place for Gemma 2's cap on the
+    scores. All others, every CPU among them, look through masks.
+    """
+    c = net.config
+    return (net.device.type == "cuda" and net.dtype in (torch.bfloat16, torch.float16) and c.attention_cap is None
+            and c.head_dim <= 256 and c.head_dim % 8 == 0 and torch.version.hip is None
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(net.device) >= (8, 0))
+
+
+def shared_prefix(net, prompts, responses, keep_kv=False):
+    """SharedPrefix or FlashPrefix of these lists of ids, whichever serves the net, on its device."""
+    return (FlashPrefix if flash_serves(net) else SharedPrefix)(prompts, responses, net.device, keep_kv)
+
+
+def kv_cache(net, rows, max_len):
+    """KVCache or FlashCache, whichever serves the net, on its device and in its dtype."""
+    return (FlashCache if flash_serves(net) else KVCache)(net.config, rows, max_len, net.device, net.dtype)
+
+
+def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, window=None, scale=None, used_k=None):
+    """Causal attention within each of R rows, packed end to end: q [Nq, nh, hd], k and v [Nk, nkv, hd] -> [Nq, nh, hd].
+
+    starts_q, starts_k [R + 1] int32: where each row's queries and keys begin, and where the last ones end. A row's last
+    query stands at its last key. longest_q, longest_k: numbers on the host that no row exceeds. window: None, or how
+    many keys a query sees, its own included. used_k [R] int32, for decoding: of a row's place only so many keys are in
+    use, and it has one query; there is no gradient then. bfloat16 or float16 on CUDA.
+    """
+    left = -1 if window is None else window - 1
+    # A row's only query sees every key. Asked without any bound, the kernel reads a key head once for all the query
+    # heads that share it, and divides a long row's keys among several blocks; with one it does neither.
+    right = -1 if used_k is not None and window is None else 0
+    rows = q, k, v, starts_q, starts_k, longest_q, longest_k
+    public = _public_varlen()
+    if public:
+        return public(*rows, scale=scale, window_size=(left, right), enable_gqa=True, seqused_k=used_k)
+    return torch.ops.aten._flash_attention_forward(*rows, 0.0, right == 0 and left < 0, False, scale=scale,
+                                                   window_size_left=left, window_size_right=right, seqused_k=used_k)[0]
+
+
+@functools.cache
+def _public_varlen():
+    """torch's varlen_attn, or None where it lacks an argument that is needed, as in torch 2.11: `varlen` then calls the
+    private operator below it, which has had the same arguments for longer."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    needed = {"scale", "window_size", "enable_gqa", "seqused_k"}
+    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+class FlashPrefix(SharedPrefix):
+    """SharedPrefix for the flash kernel, in two calls: the prompts' queries look at themselves, the responses' at
+    [prompt ; response], whose keys are gathered. In the example, with the pack's indices:
+
+        queries  0 1 2 | 3 4         keys  0 1 2 | 3 4
+        queries  5 6 | 7 | 8 9 10    keys  0 1 2 5 6 | 0 1 2 7 | 3 4 8 9 10
+    """
+
+    def __init__(self, prompts, responses, device, keep_kv=False):
+        super().__init__(prompts, responses, device, keep_kv)
+        self.begin = [x.int() for x in (self.of_prompts, self.of_responses, self.of_keys)]      # as the kernel wants it
+
+    def _lay_out(self, starts, lengths, owner):
+        B = len(lengths) - self.rows
+        pieces = torch.stack([starts[owner], starts[B:]], 1).flatten()          # [2 R] prompt, response, prompt, ...
+        sizes = torch.stack([lengths[owner], lengths[B:]], 1).flatten()
+        before = sizes.cumsum(0) - sizes
+        self.keys = (pieces - before).repeat_interleave(sizes) + torch.arange(int(sizes.sum()))
+        counts = lengths[:B], lengths[B:], lengths[owner] + lengths[B:]
+        self.longest = [max(each.tolist(), default=0) for each in counts]
+        self.of_prompts, self.of_responses, self.of_keys = (F.pad(each.cumsum(0), (1, 0)) for each in counts)
+
+    def mask(self, window, c, dtype):
+        """What `attend` wants in a layer with this window: the window itself."""
+        return window
+
+    def attend(self, layer, q, k, v, window, scale=None, cap=None):
+        """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
+        if self.keep_kv:
+            self.kv.append((k.clone(), v.clone()))
+        (prompts, own, both), (P, T, S), first = self.begin, self.longest, self.first
+        out = varlen(q[:first], k[:first], v[:first], prompts, prompts, P, P, window, scale)
+        if not self.rows:
+            return out
+        k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        return torch.cat([out, varlen(q[first:], k, v, own, both, T, S, window, scale)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts that are to be continued, and the cache
 
 
 SHARED = 32     # what all prompts begin with is worth a rectangle of its own from this many tokens on
@@ -256,9 +381,9 @@ def prefill(net, prompts, keep_kv=False):
     while common < longest and low[common] == high[common]:
         common += 1
     if len(prompts) > 1 and common >= SHARED:
-        view = SharedPrefix([low[:common]], [[p[common:] for p in prompts]], net.device, keep_kv)
+        view = shared_prefix(net, [low[:common]], [[p[common:] for p in prompts]], keep_kv)
     else:
-        view = SharedPrefix(prompts, [[] for _ in prompts], net.device, keep_kv)
+        view = shared_prefix(net, prompts, [[] for _ in prompts], keep_kv)
     return view, net(view.tokens, view)[view.last]
 
 
@@ -280,6 +405,11 @@ class KVCache:
         # With a layer's [rows, nkv, max_len] flattened, where each row's part of each head begins: [rows, nkv]
         self.heads = torch.arange(rows * config.num_kv_heads, device=device).view(rows, -1) * max_len
         self.columns = torch.arange(max_len, device=device)
+
+    @property
+    def width(self):
+        """How many rows a step computes."""
+        return self.live
 
     def admit(self, view, n):
         """n new rows for each prompt of `prefill`'s view, which ran with keep_kv: each a copy of keys and values."""
@@ -324,6 +454,56 @@ class KVCache:
         self.v[layer].view(-1, hd).index_copy_(0, self.slots, v.reshape(-1, hd))
         keys, values = self.k[layer, :R, :, :self.longest], self.v[layer, :R, :, :self.longest]
         return kernels.masked_attention(q.view(R, nkv, -1, hd), keys, values, mask, scale, cap).reshape(R, -1, hd)
+
+
+class FlashCache(KVCache):
+    """KVCache for the flash kernel: a row reads the keys that it has, not those of the longest row, and no mask.
+
+    flat: [2, layers, rows * max_len, nkv, hd], keys and values; k and v are views of it in KVCache's shape. A step
+    computes `width` rows, one of few numbers, so that CUDA graphs recorded for these can be replayed. The rows beyond
+    the live ones make tokens that nobody reads. `keep` sets them back to length 0, so none of them is ever as long as a
+    live row that was there before, and none runs past its place.
+    """
+
+    def __init__(self, config, rows, max_len, device, dtype):
+        shape = 2, config.num_layers, rows, max_len, config.num_kv_heads, config.head_dim
+        memory = torch.zeros(shape, device=device, dtype=dtype)
+        self.flat, (self.k, self.v) = memory.flatten(2, 3), memory.transpose(3, 4)
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.longest = self.max_position = max_len
+        self.live = 0
+        self.starts = torch.arange(0, (rows + 1) * max_len, max_len, dtype=torch.int32, device=device)
+        self.each = torch.arange(rows + 1, dtype=torch.int32, device=device)    # one query a row
+
+    @property
+    def width(self):
+        """How many rows a step computes: 1, 2, 3, 4, 6, 8, 12, ..., at most all. A third of them is idle at worst."""
+        above = 1 << (self.live - 1).bit_length()                               # a power of 2
+        return min(above * 3 // 4 if above > 2 and self.live <= above * 3 // 4 else above, len(self.lengths))
+
+    def keep(self, holes, movers, live):
+        """As KVCache.keep. It copies whole rows: the host does not follow their lengths."""
+        super().keep(holes, movers, live)
+        self.lengths[live:] = 0
+
+    def step(self, longest):
+        """Begin a decoding step: one new token for each of `width` rows. Only KVCache needs to know `longest`."""
+        R = self.width
+        self.positions = self.lengths[:R].long()                                # [R] the new token's position
+        self.slots = self.starts[:R] + self.positions                           # [R] where its keys and values go
+        self.lengths[:R] += 1
+
+    def mask(self, window, c, dtype):
+        """What `attend` wants in a layer with this window: the window itself."""
+        return window
+
+    def attend(self, layer, q, k, v, window, scale=None, cap=None):
+        """Write the new keys and values, then look: q [R, nh, hd], k and v [R, nkv, hd] -> [R, nh, hd]."""
+        R, (keys, values) = len(q), self.flat[:, layer]
+        keys.index_copy_(0, self.slots, k)
+        values.index_copy_(0, self.slots, v)
+        starts, used = self.starts[:R + 1], self.lengths[:R]
+        return varlen(q, keys, values, self.each[:R + 1], starts, 1, self.max_position, window, scale, used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,7 +710,7 @@ def response_logprobs(net, prompts, responses):
     token m belongs to the row[m]-th response, counted through all prompts. A response's log-prob is the sum over its
     tokens, its end-of-turn token included; kernels.sum_rows does that. Empty responses have no row.
     """
-    view = SharedPrefix(prompts, responses, net.device)
+    view = shared_prefix(net, prompts, responses)
     hidden = net(view.tokens, view)                                             # [N, H]
     logprob = kernels.linear_logprob(hidden[view.source], net.head.weight, view.target, net.config.logit_cap)
     return logprob, view.row, view.rows

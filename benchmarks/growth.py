@@ -33,7 +33,7 @@ ANSWERS, VOCABULARIES = (1, 2, 4, 8, 16), (1000, 8000, 32000, 128000)
 @torch.inference_mode()
 def decoding(net, rows, length):
     """A function that computes one new token for each of so many rows, whose caches hold `length` tokens."""
-    cache = model.KVCache(net.config, rows, length + 1, net.device, net.dtype)
+    cache = model.kv_cache(net, rows, length + 1)
     cache.live = rows
     tokens = torch.ones(rows, dtype=torch.long, device=net.device)
 

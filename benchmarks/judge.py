@@ -505,7 +505,7 @@ def label_shares(net, prompts, m, M, top=5, batch_tokens=16384):
     ours = torch.tensor(m, device=net.device)
     theirs = torch.tensor(M, device=net.device)
     for batch in prefmodel.batches_by_length([len(p) for p in prompts], batch_tokens):
-        view = model.SharedPrefix([prompts[b] for b in batch], [[] for _ in batch], net.device)
+        view = model.shared_prefix(net, [prompts[b] for b in batch], [[] for _ in batch])
         logits = net.logits(net(view.tokens, view)[view.prompt_last])                       # [B, V]
         likeliest, ids = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))        # [B, top]
         p_m = (likeliest * torch.isin(ids, ours)).sum(-1)
