@@ -3,13 +3,14 @@
     samples = generate(net, prompts, n=5, max_new_tokens=256, stop_ids=(2,), seeds=7)
     samples.tokens[b][i], samples.logprobs[b][i], samples.finish[b][i]
 
-Four things make it fast, none of them clever:
+Five things make it fast, none of them clever:
   1. shared prefill     a prompt is computed once, packed with its neighbours without padding, and its keys and values
                         are copied to its n samples; what all prompts begin with (a rubric) is computed once for all
   2. compaction         a finished row leaves the batch at once: the last live row moves into its place, waiting prompts
                         enter. With long-tailed lengths most of a padded batch's work is spent on rows that ended
   3. grouped queries    the query heads that share a key head read it once (KVCache.attend)
   4. inverse CDF        one uniform number a row and two short searches, where torch.multinomial draws V numbers a row
+  5. CUDA graphs        on a GPU a decoding step is recorded and replayed: one launch, not many hundred (_replayed)
 
 A *sample* is one of a prompt's n continuations; a *row* is the place in batch and cache where one is being made. A
 sample's randomness is a function of (its prompt's seed, its index i, the position): never of the batch it is in, of the
@@ -87,7 +88,8 @@ def truncate(logits, top_p=1.0, top_k=0):
     """Set to -inf what top-k and then top-p leave out: logits [R, V] -> [R, V].
 
     top_k keeps the k likeliest tokens, and those that tie with the last of them; 0 keeps all. top_p (nucleus) keeps the
-    smallest set of likeliest tokens with mass >= top_p, at least one token.
+    smallest set of likeliest tokens with mass >= top_p, at least one token; of those that tie it takes the first. A GPU
+    finds that set without sorting the vocabulary.
 
     >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000]])
@@ -96,13 +98,44 @@ def truncate(logits, top_p=1.0, top_k=0):
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1.0:
-        values, order = logits.sort(descending=True, stable=True)
-        probs = values.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p                   # the tokens before this one have the mass already
-        beyond[..., 0] = False
-        dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)       # back in the order of the vocabulary
-        logits = logits.masked_fill(dropped, -torch.inf)
+        beyond = _beyond_by_bisection if logits.is_cuda else _beyond_by_sort
+        logits = logits.masked_fill(beyond(logits, top_p), -torch.inf)
     return logits
+
+
+def _beyond_by_sort(logits, top_p):
+    """Which tokens the nucleus leaves out: logits [R, V] -> bool [R, V]."""
+    values, order = logits.sort(descending=True, stable=True)
+    probs = values.softmax(-1)
+    beyond = probs.cumsum(-1) - probs >= top_p                       # the tokens before this one have the mass already
+    beyond[..., 0] = False
+    return torch.zeros_like(beyond).scatter(-1, order, beyond)              # back in the order of the vocabulary
+
+
+def _beyond_by_bisection(logits, top_p):
+    """The same set, up to the rounding of sums: logits [R, V] float32 -> bool [R, V]. It looks for the probability of
+    the last token that stays, the largest number p such that the tokens with p or more have the mass top_p.
+
+    Floats >= 0 are ordered as their bits are when read as integers. Those of [0, 1] lie below 2^30, so 30 halvings find
+    p exactly, each by one masked sum, and the host never waits for the device.
+    """
+    probs = logits.softmax(-1)
+    low = torch.zeros(*probs.shape[:-1], 1, dtype=torch.int32, device=probs.device)        # has the mass
+    high = probs.amax(-1, keepdim=True).view(torch.int32) + 1                               # leaves no token
+    for _ in range(30):
+        middle = (low + high) // 2
+        enough = _mass(probs, probs >= middle.view(torch.float32)) >= top_p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    last = low.view(torch.float32)
+    ties = probs == last
+    rank = ties.cumsum(-1, dtype=torch.int32) - 1                           # how many of the ties come before
+    before = _mass(probs, probs > last) + rank * last
+    return (probs < last) | (ties & (rank > 0) & (before >= top_p))
+
+
+def _mass(probs, chosen):
+    """The sum over a row's chosen tokens: [R, V] -> [R, 1]."""
+    return torch.where(chosen, probs, 0.0).sum(-1, keepdim=True)
 
 
 def inverse_cdf(weights, u):
@@ -204,13 +237,14 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
     max_rows = max(n, min(max_rows, B * n))                 # a prompt's samples enter together
     longest_new = max(map(max, limits))
     width = max(len(prompt) + max(each) for prompt, each in zip(prompts, limits))   # of a row, prompt and answer
-    cache = model.KVCache(net.config, max_rows, width, net.device, net.dtype)
+    cache = model.kv_cache(net, max_rows, width)
     rows = _Rows(max_rows, longest_new, net.device)
     stop = torch.tensor(list(stop_ids) or [-1], device=net.device)                  # -1 is no token
     streams = row_streams(seeds, n, net.device).view(B, n)
     bar = run.progress(desc=desc, total=B * n) if desc else None
     entered = 0                                             # prompts [0, entered) have been let in
     longest = 0                                             # length of the longest live row, without asking the device
+    step = _decoder(net, cache, rows, (temperature, top_p, top_k))
     while entered < B or cache.live:
         # Every turn gives one token to some rows: to those of new prompts, else to all. Prompts are let in when a
         # quarter of the rows is free: a prefill for every freed row costs more than it brings.
@@ -222,12 +256,11 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
             turn = slice(cache.live, cache.live + len(chosen) * n)
             hidden = _prefill(net, cache, rows, chosen, prompts, n, streams, limits)
             logits = net.logits(hidden).repeat_interleave(n, 0)                     # a prompt's n rows begin alike
+            _append(rows, turn, logits, temperature, top_p, top_k)
         else:
             turn = slice(0, cache.live)
             longest += 1
-            cache.step(longest)
-            logits = net.logits(net(rows.token[turn], cache))
-        _append(rows, turn, logits, temperature, top_p, top_k)
+            step(longest)
         full = rows.made[turn] >= rows.limit[turn]
         ended = (torch.isin(rows.token[turn], stop) | full).nonzero().squeeze(1) + turn.start
         if len(ended):
@@ -262,6 +295,40 @@ def _how_many(prompts, first, room, prefill_tokens):
             break
         take += 1
     return take
+
+
+def _decoder(net, cache, rows, how):
+    """A function that gives a token to every live row, the longest of which then has so many. how: (temperature, top_p,
+    top_k). On a GPU the function is a recording, where the cache computes few numbers of rows."""
+    def step(longest):
+        computed = slice(0, cache.width)
+        cache.step(longest)
+        _append(rows, computed, net.logits(net(rows.token[computed], cache)), *how)
+    return _replayed(step, cache) if isinstance(cache, model.FlashCache) and torch.cuda.is_available() else step
+
+
+def _replayed(step, cache):
+    """`step` as CUDA graphs, one for each width of the cache: the first time a width comes by it runs as it is, which
+    warms up what torch sets up once; the second time it is recorded, and from then on replayed.
+
+    A replay repeats what the device did, on the same memory, and no line of Python. So nothing in a step may ask the
+    device for a number or depend on one that only the host knows, but for the width. The graphs share one pool of
+    memory: what a step leaves behind lies in `rows` and `cache`, outside of it.
+    """
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+
+    def replay(longest):
+        width = cache.width
+        if width not in graphs:
+            graphs[width] = None
+            return step(longest)
+        if graphs[width] is None:
+            graphs[width] = torch.cuda.CUDAGraph()
+            # only this thread must leave the device alone meanwhile: others (NCCL's watchdog) ask it for events
+            with torch.cuda.graph(graphs[width], pool=pool, capture_error_mode="thread_local"):
+                step(longest)
+        graphs[width].replay()
+    return replay
 
 
 def _prefill(net, cache, rows, chosen, prompts, n, streams, limits):
@@ -317,4 +384,5 @@ def _compact(cache, rows, ended):
     movers = alive.nonzero().squeeze(1) + live                                      # as many as holes
     if len(holes):
         rows.keep(holes, movers)
+    rows.made[live:] = 0                    # a row that only pads a step (FlashCache) begins anew, here as in the cache
     cache.keep(holes, movers, live)
