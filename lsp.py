@@ -569,6 +569,8 @@ def set_up(argv):
         winrate.check_speaks_world(job.base, job.net, job.chat, world.WORLDS[args.world], "--model",
                                    "--reward reward:DIR_OR_HUB_ID too, which reads natural language")
     job.net.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        job.net.compile_layers()
     lora.check_base(args, job.base, job.net.config)
     lora.adapt(job.net, args)
     job.ref = (lora.Reference(job.net) if args.lora else

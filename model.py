@@ -584,10 +584,19 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.generation = {}            # what generation_config.json held, so that it can be written back
         self.lora = None                # a lora.Adapters where the layers have adapters
+        self.computes_in = None         # a dtype where the weights are shares, else that of the weights
         self._rope_table = None
         # True: backward recomputes each layer from its input. Only that input is then kept, H numbers a token and layer
         # instead of some 20 H. It costs one more forward (a third more time) and leaves every gradient as it was.
         self.activation_checkpointing = False
+
+    def compile_layers(self):
+        """Let torch.compile fuse each layer's element-wise work in passes with gradient. One graph serves all layers and
+        lengths; making it takes a minute. Sampling keeps the plain layers: its steps are too short to be worth more
+        graphs."""
+        for layer in self.layers:
+            plain, fused = layer.forward, torch.compile(layer.forward, dynamic=True)
+            layer.forward = lambda *x, plain=plain, fused=fused: (fused if torch.is_grad_enabled() else plain)(*x)
 
     @torch.no_grad()
     def init_weights(self, generator):
@@ -610,7 +619,8 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.norm.dtype
+        """What it computes in. Shares of its weights (parallel.shard) may be stored in another type."""
+        return self.computes_in or self.norm.dtype
 
     def forward(self, tokens, view=None):
         """Hidden states after the final norm.

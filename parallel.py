@@ -62,7 +62,12 @@ def init_ranks(device, minutes=30.0):
                                 store=dist.PrefixStore("ranks", Ranks.store),
                                 timeout=datetime.timedelta(minutes=minutes))
         Ranks.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    return dist.get_rank(), dist.get_world_size(), device
+    return *number_and_count(), device
+
+
+def number_and_count():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(mine, count):
@@ -114,6 +119,7 @@ def shard(net):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    net.computes_in = net.dtype
     policy = MixedPrecisionPolicy(param_dtype=net.dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(net.device.type, (dist.get_world_size(),))
     for part in (*net.layers, net):

@@ -59,6 +59,9 @@ class CommonSettings:
         "backward passes per optimizer step, another way to say --micro-batch; 0 = as --micro-batch says", at_least=0)
     activation_checkpointing: bool = flag(False,
         "keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
+    compile: bool = flag(False,
+        "torch.compile the layers for training passes: a minute at the start, then fewer trips to memory; needs a C++ "
+        "compiler")
     weight_decay: float = flag(0.0, "of the optimizer (not in the papers)", at_least=0)
     lora: int = flag(0,
         "r, rank of adapters (LoRA), which are trained in place of the weights and want some ten times the learning "
@@ -389,7 +392,7 @@ MOMENTARY = ("resume", "overwrite", "stage", "iteration", "table", "plan")
 # What may differ between the sessions or the machines of one run: nothing of it changes what is computed, but for the
 # order in which floating-point sums are taken.
 PASSING = ("out", "device", "max_rows", "micro_batch", "gradient_accumulation", "activation_checkpointing",
-           "print_every", "save_every", "track", "rank_timeout")
+           "compile", "print_every", "save_every", "track", "rank_timeout")
 # What may be larger than before when a run is resumed, so that a finished run goes on.
 GROWING = ("iterations", "steps")
 # What a run writes beside state/, and --overwrite deletes: another file in its directory is somebody else's.

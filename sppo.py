@@ -612,6 +612,8 @@ class Job:
         """The same network, to be trained; it leaves the cache because its weights will change."""
         net, self.loaded = self.network(checkpoint), (None, None)
         net.activation_checkpointing = self.args.activation_checkpointing
+        if self.args.compile:
+            net.compile_layers()
         return net
 
 

@@ -68,10 +68,16 @@ def verdicts(judge, prompts, ours, theirs):
 
     A pair counts 1 if the judge gives ours more than 1/2, 0 if less, and a tie 1/2. The judge sees two answers at a
     time, so that no verdict depends on the others (an aggregating judge's would), and judges of pairs see both orders.
+    Several processes share the prompts out.
     """
-    games = [(prompt, [a, b]) for prompt, mine, other in zip(prompts, ours, theirs) for a in mine for b in other]
-    P = judge.preference(*map(list, zip(*games)))[:, 0, 1].view(len(prompts), -1)
-    return ((P > 0.5).float() + 0.5 * (P == 0.5).float()).mean(1)
+    rank, ranks = parallel.number_and_count()
+    share = list(zip(prompts, ours, theirs))[rank::ranks]
+    games = [(prompt, [a, b]) for prompt, mine, other in share for a in mine for b in other]
+    means = []
+    if games:
+        P = judge.preference(*map(list, zip(*games)))[:, 0, 1].view(len(share), -1)
+        means = ((P > 0.5).float() + 0.5 * (P == 0.5).float()).mean(1).tolist()
+    return torch.tensor(parallel.gather(means, len(prompts)))
 
 
 def mean_and_error(values):

@@ -354,7 +354,7 @@ def test_an_lsp_run(save, whole, base):
     assert abs(rows[0]["kl_solver"]) < 1e-4 and abs(rows[-1]["kl_solver"]) > 1e-3
     state = torch.load(f"{out}/state/training-0-3", weights_only=True)                  # the frozen base is not in it
     weights = model.Transformer.from_pretrained(base).state_dict().values()
-    assert sum(map(torch.numel, state.values())) < 0.2 * sum(map(torch.numel, weights))
+    assert sum(map(torch.numel, state.values())) < 0.5 * sum(map(torch.numel, weights))
     if save == "adapter":
         assert same_files(whole(lsp, "merged"), out, "samples.jsonl")
         assert sorted(os.listdir(f"{out}/step-3")) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -51,7 +51,7 @@ def planned(args, dtype, ranks=1, **changed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name, moments", [("adamw", 8), ("rmsprop", 4)])
-def test_weights_masters_and_moments_are_the_optimizers_own_bytes(dtype, rank, name, moments):
+def test_weights_masters_and_moments_are_the_real_ones(dtype, rank, name, moments):
     args, trained = arguments(lora=rank), net(dtype)
     plan = planned(args, dtype, moments=moments)["train"]
     base = size(trained.parameters())
@@ -72,8 +72,8 @@ def test_the_cache_is_the_samplers_own_bytes():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_activations_are_what_the_backward_pass_keeps(checkpointed):
-    """Within a third: every tensor that is saved for it, each storage once, weights left out. Checkpointed these are the
-    layers' inputs; the estimate adds a layer that is computed again in the backward pass."""
+    """Within a third: every tensor that is saved for it, each storage once, weights left out. Checkpointed these are
+    the layers' inputs; the estimate adds a layer that is computed again in the backward pass."""
     trained, kept = net(), {}
     trained.activation_checkpointing = checkpointed
     weights = {p.untyped_storage().data_ptr() for p in trained.parameters()}
