@@ -2,12 +2,15 @@
 
     python bench.py kernels [--tokens 512] [--hidden 2048] [--vocab 128256]    log-probabilities (kernels.py)
     python bench.py rollout [--size tiny] [--rounds 3]                         sampling (rollout.py)
-    python bench.py packing [--size tiny] [--rounds 3]                         forward and backward (model.SharedPrefix)
+    python bench.py packing [--size tiny] [--rounds 3]                         training passes (model.SharedPrefix)
     python bench.py step [--loss grpo] [--lengths tail]                        a whole step, beside TRL's trainer
     python bench.py growth                                                     how cost grows, as a picture
+    python bench.py decode [--model llama-3.2-3b]                              decoding, against memory's bandwidth
+    python bench.py train [--model llama-3.2-3b]                               training, against the rate of a product
+    python bench.py gpu                                                        all of it on a GPU, with its tests
 
-All but `growth` first check the thing against something slow and plain, and stop with WRONG if it does not agree: a
-fast wrong answer is worth nothing. `kernels` compares values and gradients with float64, `rollout` compares greedy
+All but the last four first check the thing against something slow and plain, and stop with WRONG if it does not agree:
+a fast wrong answer is worth nothing. `kernels` compares values and gradients with float64, `rollout` compares greedy
 decoding with the forward pass without a cache, `packing` and `step` compare log-probabilities and gradients with those
 of padded rows. Then they time. The contestants take turns within each round, so that a slow minute of a shared machine
 hits all of them, and the median round is printed.
@@ -35,7 +38,7 @@ import kernels
 import model
 import rollout
 import run
-from benchmarks import growth, steps, timing
+from benchmarks import gpu, growth, steps, timing
 from flags import flag
 
 
@@ -274,7 +277,8 @@ def rollout_command(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {"kernels": kernels_command, "rollout": rollout_command, "packing": steps.packing_command,
-            "step": steps.step_command, "growth": growth.main}
+            "step": steps.step_command, "growth": growth.main, "decode": gpu.decode_command,
+            "train": gpu.train_command, "gpu": gpu.gpu_command}
 
 
 def main(argv):

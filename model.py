@@ -591,9 +591,9 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
 
     def compile_layers(self):
-        """Let torch.compile fuse each layer's element-wise work in passes with gradient. One graph serves all layers and
-        lengths; making it takes a minute. Sampling keeps the plain layers: its steps are too short to be worth more
-        graphs."""
+        """Let torch.compile fuse each layer's element-wise work in passes with gradient. One graph serves all layers
+        and lengths; making it takes a minute. Sampling keeps the plain layers: its steps are too short to be worth
+        more graphs."""
         for layer in self.layers:
             plain, fused = layer.forward, torch.compile(layer.forward, dynamic=True)
             layer.forward = lambda *x, plain=plain, fused=fused: (fused if torch.is_grad_enabled() else plain)(*x)

@@ -17,7 +17,7 @@ from conftest import ROOT
 ROOMS = ["flags", "files", "parallel", "run", "kernels_triton", "kernels", "checkpoints", "lora", "model", "memory",
          "rollout", "chat", "world", "challenger", "table", "games", "pairrm", "prefmodel", "winrate", "plots",
          "benchmarks", "eval", "sppo", "lsp", "bench"]
-SPEED = {"benchmarks/timing.py", "benchmarks/steps.py", "benchmarks/growth.py"}
+SPEED = {"benchmarks/timing.py", "benchmarks/steps.py", "benchmarks/growth.py", "benchmarks/gpu.py"}
 TOP_LEVEL = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "requirements.txt", "LICENSE", ".gitignore", ".ci",
              ".github", "assets", "docs", "tests", "benchmarks"} | {room + ".py" for room in ROOMS}
 FILES = sorted(os.path.relpath(path, ROOT) for pattern in ("*.py", "benchmarks/*.py")
