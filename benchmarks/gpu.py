@@ -161,6 +161,7 @@ def gpu_command(argv):
                             "--device cpu")
     text = [f"# On a GPU\n\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}. Written by "
             "`python bench.py gpu`.\n"]
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     root, left = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), args.seconds
     for command in COMMANDS:
         text.append(f"`python {command}`\n\n```\n")

@@ -7,6 +7,7 @@ and the vocabulary. Where there is a plain way of doing the same, it is drawn be
 
 import dataclasses
 import functools
+import os
 import tempfile
 
 import torch
@@ -102,5 +103,6 @@ def main(argv):
         print(f"{title} ({unit}):")
         for name, points in lines.items():
             print(f"  {name:14s} " + ", ".join(f"{x:,} {x_label}: {y:.1f}" for x, y in points))
+    os.makedirs(os.path.dirname(os.path.abspath(args.picture)), exist_ok=True)
     plots.plot_growth(panels, args.picture)
     print(f"wrote {args.picture}")

@@ -59,7 +59,7 @@ def test_compiled_layers_serve_training_alone(monkeypatch):
 def test_compiled_layers_compute_the_same(checkpointing):
     torch._dynamo.reset()
     for a, b in zip(*compared_with_compiled(checkpointing)):
-        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -401,7 +401,7 @@ def test_a_kill_9_resumes_bit_for_bit(whole, base):
               "save, calls = run.Run.save_state, []\n"
               "def dies(*args, **state):\n"
               "    save(*args, **state)\n"
-              "    calls.append('weights' in state)\n"
+              "    calls.append(len(args) > 1)\n"
               "    if sum(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
               "run.Run.save_state = dies\n"
               "sppo.main(sys.argv[1:])")
