@@ -553,8 +553,7 @@ def set_up(argv):
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = parallel.init_ranks(device, args.rank_timeout)
     job = Job(args, device, (rank, ranks))
-    memory.before(args, device, dtype, ranks, answers=args.answers, prompt=args.max_query_tokens,
-                  width=longest_row(args), moments=8, judges=[args.reward, args.judge], reference=True)
+    check_memory(args, device, dtype, ranks)
     if rank == 0:
         run.check_out(args.out, args, args.resume, args.overwrite)
     asked, (job.data, test) = challenger.prompt(args), read_data(args)
@@ -602,11 +601,14 @@ def set_up(argv):
     return job
 
 
-def longest_row(args):
-    """Tokens of the longest row that is sampled, for memory.plan: an answer, or a verdict on one, whose rubric has
-    about 400."""
-    pair = args.max_query_tokens + args.max_new_tokens
-    return pair + 400 + args.max_verdict_tokens if args.mode == "lsp" and args.self_reward == "sample" else pair
+def check_memory(args, device, dtype, ranks):
+    """--plan; else a warning where the run will not fit. The longest row that is sampled is an answer behind its query,
+    or a verdict on both, whose rubric has about 400 tokens."""
+    longest = args.max_query_tokens + args.max_new_tokens
+    if args.mode == "lsp" and args.self_reward == "sample":
+        longest += 400 + args.max_verdict_tokens
+    memory.before(args, device, dtype, ranks, answers=args.answers, prompt=args.max_query_tokens, width=longest,
+                  moments=8, judges=[args.reward, args.judge], reference=True)
 
 
 def check_prompts(job, test, table_judge):

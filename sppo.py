@@ -627,9 +627,7 @@ def set_up(argv):
     device, dtype = run.device_and_dtype(args.device, "float32" if args.dtype == "auto" and args.world else args.dtype)
     rank, ranks, device = parallel.init_ranks(device, args.rank_timeout)
     job = Job(args, device, dtype, (rank, ranks))
-    memory.before(args, device, dtype, ranks, answers=args.k if args.all_responses else 2, prompt=longest_prompt(args),
-                  width=longest_prompt(args) + args.max_new_tokens, moments=4 if args.optimizer == "rmsprop" else 8,
-                  judges=[args.judge], reference=False)
+    check_memory(args, device, dtype, ranks)
     resume = args.resume or bool(args.stage) and os.path.isdir(os.path.join(args.out, "state"))
     if rank == 0:
         run.check_out(args.out, args, resume, args.overwrite)
@@ -681,9 +679,12 @@ def set_up(argv):
     return job
 
 
-def longest_prompt(args):
-    """Tokens of a prompt, for memory.plan: as the flags bound it, else as the papers' prompts are."""
-    return args.max_prompt_tokens or 512
+def check_memory(args, device, dtype, ranks):
+    """--plan; else a warning where the run will not fit. A prompt that no flag bounds counts as the paper's longest."""
+    prompt = args.max_prompt_tokens or 512
+    memory.before(args, device, dtype, ranks, answers=args.k if args.all_responses else 2, prompt=prompt,
+                  width=prompt + args.max_new_tokens, moments=4 if args.optimizer == "rmsprop" else 8,
+                  judges=[args.judge], reference=False)
 
 
 def divided(sources, began, job):
