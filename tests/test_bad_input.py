@@ -665,6 +665,7 @@ def test_eval(complaint, base, llama3, flags, says):
     assert says in complaint(flags.format(base=base, llama3=llama3).split(), main=eval.main)
 
 
+@pytest.mark.slow
 def test_as_a_process():
     calls = {"sppo.py": (["--k", "1", "--out", "out"], "--k 1"), "lsp.py": (["--answers", "1", "--out", "out"],
              "--answers 1"), "eval.py": (["plot", "nowhere"], "nowhere/summary.json")}

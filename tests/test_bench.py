@@ -230,6 +230,7 @@ def test_trl_ends_its_rows_where_the_batch_does():
     assert ends == [2, 4, 1, 3] and out.shape[1] == 4
 
 
+@pytest.mark.slow
 def test_growth_draws_four_panels(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(timing.SIZES, "tiny", (2, 16, 2, 2, 32, 600))
     for name, sizes in {"ROWS": (1, 3), "LENGTHS": (4, 9), "ANSWERS": (1, 2), "VOCABULARIES": (50, 90)}.items():

@@ -49,6 +49,7 @@ def test_gpu_is_refused_without_one():
         bench.main(["gpu"])
 
 
+@pytest.mark.slow
 def test_gpu_writes_what_the_commands_print(monkeypatch, tmp_path):
     """Two that end, one of them badly, one that takes too long, and one for which no time is left."""
     monkeypatch.setattr(run, "device_and_dtype", lambda *given: (torch.device("cuda"), torch.bfloat16))

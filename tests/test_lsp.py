@@ -477,6 +477,7 @@ def test_a_long_prompt_of_the_table_costs_nothing(base):
     assert sorted(os.listdir("out")) == before
 
 
+@pytest.mark.slow
 def test_lsp_after_grpo(base):
     """--init takes the last checkpoint, and it is the reference too: the first log-ratios are 0."""
     lsp.main(argv(model=base, out="first", mode="grpo", **SMALL))

@@ -98,6 +98,7 @@ def test_text_in_a_table_of_conversations_trains(llama3):
         read_table(file("t.jsonl", rows(row, other)), judged=True)
 
 
+@pytest.mark.slow
 def test_a_language_model_judges_its_own_answers(llama):
     """Self-rewarding SPPO: the judge is the policy's start."""
     start = f"{llama}/model"
@@ -272,6 +273,7 @@ def played(out):
             for row in lines(f"{out}/table-{t}.jsonl")]
 
 
+@pytest.mark.slow
 def test_iterations_may_grow_in_a_world(base):
     sppo.main(argv(model=base, out="out", **SPPO | dict(iterations=1)))
     before, held = evaluations("out"), open("out/state/test.jsonl").read() + open("out/state/validation.jsonl").read()

@@ -891,6 +891,7 @@ def test_stages_go_on_where_the_last_iteration_ended(base, whole):
     assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
+@pytest.mark.slow
 def test_a_table_judged_elsewhere_gives_the_bytes_of_one_command(prose):
     """Sampled here, judged in another directory, trained here: with a real checkpoint and PairRM."""
     sppo.main(argv(out="one", **prose))
