@@ -175,7 +175,8 @@ NAME = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 KEYS = {"r": (int, 1, 4096), "lora_alpha": (float, 0, 1e6), "use_rslora": (bool,), "base_model_name_or_path": (str,)}
 # What changes the base or the formula must have one of these values; None stands for a missing key.
 PLAIN = {"peft_type": ["LORA"], "use_dora": [None, False], "rank_pattern": [None, {}], "alpha_pattern": [None, {}],
-         "modules_to_save": [None, []], "bias": [None, "none"],
+         "modules_to_save": [None, []], "bias": [None, "none"], "alora_invocation_tokens": [None],
+         "layer_replication": [None],
          "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
 
 

@@ -607,8 +607,9 @@ def check_memory(args, device, dtype, ranks):
     longest = args.max_query_tokens + args.max_new_tokens
     if args.mode == "lsp" and args.self_reward == "sample":
         longest += 400 + args.max_verdict_tokens
-    memory.before(args, device, dtype, ranks, answers=args.answers, prompt=args.max_query_tokens, width=longest,
-                  moments=8, judges=[args.reward, args.judge], reference=True)
+    memory.before(args, device, dtype, ranks, answers=args.answers, prompt=args.max_query_tokens,
+                  answer=args.max_new_tokens, width=longest, moments=8, judges=[args.reward, args.judge],
+                  reference=True, between=True)
 
 
 def check_prompts(job, test, table_judge):

@@ -8,13 +8,17 @@ A run on a GPU compares the table with the memory that is there and says where i
 fails ends with the same remedies (run.REMEDIES).
 """
 
+import contextlib
+import glob
 import os
 
 import torch
 
 import checkpoints
 import files
+import lora
 import model
+import parallel
 from run import REMEDIES, UserError
 
 GB = 2**30
@@ -34,12 +38,16 @@ SHAPES = {
     "Skywork/Skywork-Reward-V2-Llama-3.2-3B": LLAMA_3B,
 }
 PAIRRM = 435_000_000            # parameters of DeBERTa-v3-large, which PairRM is
+PREFILL = 16384                 # tokens whose keys and values a prefill of rollout.generate keeps
 
 
 def config_of(path_or_hub_id):
-    """The Config of a checkpoint; of a hub id that SHAPES lacks only config.json is downloaded. Raises UserError."""
+    """The Config of a checkpoint, or of an adapter's base; of a hub id that SHAPES lacks only config.json is fetched.
+    Raises UserError."""
     if path_or_hub_id in SHAPES:
         return checkpoints.Config(**SHAPES[path_or_hub_id])
+    if lora.is_adapter(path_or_hub_id):
+        return config_of(lora.base_of(path_or_hub_id))
     where = os.path.join(checkpoints.fetch(path_or_hub_id, patterns=("config.json",)), "config.json")
     return checkpoints.Config.from_hf(files.read_json(where), where)
 
@@ -52,11 +60,16 @@ def parameters(config):
 
 def judge_bytes(judge, dtype):
     """Bytes of a judge's weights, by its flag's kind; 0 for what is no network. A language model that judges counts
-    without its cache."""
+    without its cache, a classifier of a family that model.py does not know by the size of its files."""
     kind, _, path = judge.partition(":")
     if kind == "pairrm":
         return PAIRRM * dtype.itemsize
-    return parameters(config_of(path)) * dtype.itemsize if kind in ("reward", "model") else 0
+    if kind not in ("reward", "model"):
+        return 0
+    try:
+        return parameters(config_of(path)) * dtype.itemsize
+    except UserError:
+        return sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "*.safetensors"))))
 
 
 def cache_bytes(c, rows, width, dtype):
@@ -77,12 +90,14 @@ def activation_bytes(c, tokens, dtype, checkpointed):
     return tokens * kept * dtype.itemsize
 
 
-def plan(c, args, dtype, ranks, *, answers, prompt, width, moments, judges, reference):
-    """{"sample": {what: bytes}, "train": ...} of one of `ranks` processes.
+def plan(c, args, dtype, ranks, *, answers, prompt, answer, width, moments, judges, reference=False, between=False,
+         validates=False):
+    """{phase: {what: bytes}} of one of `ranks` processes, for "sample", "train" and, where the run `validates` in the
+    middle of training, "validate".
 
-    c: the model's Config. answers: to a prompt, in one pass. prompt: its longest, tokens; width: of the longest row
-    that is sampled. moments: the optimizer's bytes a trained parameter. judges: as their flags name them, held all the
-    time. reference: is a second, frozen model held, and the optimizer while sampling too?
+    c: the model's Config. answers: to a prompt, in one pass. prompt, answer: the longest, tokens; width: of the longest
+    row that is sampled. moments: the optimizer's bytes a trained parameter. judges: as their flags name them, held all
+    the time. reference: is a second, frozen model held? between: is sampled between two steps, the optimizer held?
     """
     P, b = parameters(c), dtype.itemsize
     trained = adapter_parameters(c, args) if args.lora else P
@@ -94,14 +109,18 @@ def plan(c, args, dtype, ranks, *, answers, prompt, width, moments, judges, refe
     optimizer = {"float32 masters": 0 if own_master else 4 * trained // share, "moments": moments * trained // share}
     held = {"frozen reference": b * P} if reference and not args.lora else {}
     held["judge"] = sum(judge_bytes(judge, dtype) for judge in judges)
-    tokens = args.micro_batch * (prompt + answers * args.max_new_tokens)
-    head = 0 if args.lora else 4 * c.vocab_size * c.hidden_size         # its gradient is a float32 sum of its own
-    return {"sample": {"weights": b * P, **(optimizer if reference else {}), **held,
-                       "KV cache": cache_bytes(c, args.max_rows, width, dtype),
-                       "logits": 3 * 4 * args.max_rows * c.vocab_size},     # in float32, their exponentials, a copy
-            "train": {"weights": b * (ends + 2 * _layers(c) // c.num_layers if sharded else P), **optimizer, **held,
-                      "gradients": 4 * trained // share + head,
-                      "activations": activation_bytes(c, tokens, dtype, args.activation_checkpointing)}}
+    rows = {"KV cache": cache_bytes(c, args.max_rows, width, dtype) + cache_bytes(c, 1, PREFILL, dtype),
+            "logits": 3 * 4 * args.max_rows * c.vocab_size}             # in float32, their exponentials, a copy
+    # Of the head's gradient there is a float32 sum of its own; sharded, of embedding and head what is to be averaged.
+    head = 0 if args.lora else (b + 4) * ends if sharded else 4 * c.vocab_size * c.hidden_size
+    tokens = args.micro_batch * (prompt + answers * answer)
+    phases = {"sample": {"weights": b * P, **(optimizer if between else {}), **held, **rows},
+              "train": {"weights": b * (ends + 2 * _layers(c) // c.num_layers if sharded else P), **optimizer, **held,
+                        "gradients": 4 * trained // share + head,
+                        "activations": activation_bytes(c, tokens, dtype, args.activation_checkpointing)}}
+    if validates:
+        phases["validate"] = {"weights": b * P, **optimizer, **held, **rows}
+    return phases
 
 
 def _layers(c):
@@ -112,8 +131,6 @@ def _layers(c):
 
 def adapter_parameters(c, args):
     """How many numbers LoRA's adapters are."""
-    import lora
-
     with torch.device("meta"):
         net = model.Transformer(c)
         lora.adapt(net, args)
@@ -132,28 +149,30 @@ def table(plans):
 
 
 def warning(plan, free):
-    """A sentence where a phase of the plan needs more than `free` bytes, else ""."""
+    """A line where a phase of the plan needs more than `free` bytes, else ""."""
     phase, need = max(((phase, sum(parts.values())) for phase, parts in plan.items()), key=lambda each: each[1])
     if need <= free:
         return ""
     return (f"by arithmetic (--plan) the phase `{phase}` needs {need / GB:.0f} GB, and {free / GB:.0f} GB are free; if "
-            f"it fails: {REMEDIES}")
+            f"it fails: {REMEDIES}\n")
 
 
 def before(args, device, dtype, ranks, **shape):
     """Called before anything is loaded; shape: the last arguments of `plan`. With --plan print the table, for a GPU,
-    and end the program. On a GPU print a warning where the run may not fit. Raises UserError for a model whose shape
-    is not to be had."""
+    and end the program. On a GPU print a warning where the run may not fit. Raises UserError with --plan for a model
+    whose shape is not to be had."""
     if args.plan and not args.model:
         raise UserError("--plan is for a --model or a --preset; an embedded world needs less than a GB")
+    first = parallel.number_and_count()[0] == 0
     if args.plan:
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
         c = config_of(args.model)
-        print(table([(n, plan(c, args, dtype, n, **shape)) for n in (1, 2, 4, 8)]))
-        print(f"{args.model}, {parameters(c) / 1e9:.2f} billion parameters, {str(dtype)[6:]}; leave a tenth free. "
-              f"Where it does not fit: {REMEDIES}")
+        text = table([(n, plan(c, args, dtype, n, **shape)) for n in (1, 2, 4, 8)])
+        if first:
+            print(f"{text}\n{args.model}, {parameters(c) / 1e9:.2f} billion parameters, {str(dtype)[6:]}; leave a "
+                  f"tenth free. Where it does not fit: {REMEDIES}")
         raise SystemExit(0)
-    if device.type == "cuda" and args.model:
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        told = warning(plan(config_of(args.model), args, dtype, ranks, **shape), free)
-        print(told, flush=True) if told else None
+    if device.type == "cuda" and args.model and first:
+        with contextlib.suppress(UserError):            # what cannot be planned is not refused for that
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            print(warning(plan(config_of(args.model), args, dtype, ranks, **shape), free), end="", flush=True)

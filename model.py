@@ -31,6 +31,7 @@ held by a cache row; M response tokens, those that a loss is about.
 import functools
 import inspect
 import os
+import types
 
 import torch
 import torch.nn as nn
@@ -172,14 +173,15 @@ class SharedPrefix:
             padded += part.queries.numel()
 
     def mask(self, window, c, dtype):
-        """What `attend` wants in a layer with this window: a mask, or None, for each rectangle."""
-        return [part.mask(window, c, dtype) for part in self.parts]
+        """What `attend` wants in a layer with this window: `each`, a mask or None for each rectangle. (torch.compile
+        would make a graph for every length of a plain list.)"""
+        return types.SimpleNamespace(each=[part.mask(window, c, dtype) for part in self.parts])
 
     def attend(self, layer, q, k, v, mask, scale=None, cap=None):
         """q [N, nh, hd], k and v [N, nkv, hd] -> [N, nh, hd]."""
         if self.keep_kv:
             self.kv.append((k.clone(), v.clone()))      # copies: the slices would keep the whole qkv product alive
-        out = [part.attend(q, k, v, each, scale, cap) for part, each in zip(self.parts, mask)]
+        out = [part.attend(q, k, v, each, scale, cap) for part, each in zip(self.parts, mask.each)]
         return torch.cat(out).index_select(0, self.unpad)
 
 
@@ -591,12 +593,16 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
 
     def compile_layers(self):
-        """Let torch.compile fuse each layer's element-wise work in passes with gradient. One graph serves all layers
-        and lengths; making it takes a minute. Sampling keeps the plain layers: its steps are too short to be worth
-        more graphs."""
+        """Let torch.compile fuse each layer's element-wise work in passes with gradient. Attention stays out of it,
+        whose rectangles and masks are others in each batch: so a few graphs serve all layers and lengths. Making
+        them takes a minute. Sampling keeps the plain layers: its steps are too short to be worth more graphs.
+        Returns the net."""
+        for view in (SharedPrefix, FlashPrefix):
+            view.attend = torch.compiler.disable(view.attend)
         for layer in self.layers:
             plain, fused = layer.forward, torch.compile(layer.forward, dynamic=True)
             layer.forward = lambda *x, plain=plain, fused=fused: (fused if torch.is_grad_enabled() else plain)(*x)
+        return self
 
     @torch.no_grad()
     def init_weights(self, generator):
@@ -644,7 +650,8 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)   # nothing is random here
             else:
                 x = layer(*inputs)
-        return _norm(x, self.norm, c).view(*tokens.shape, -1)
+        x = _norm(x, self.norm, c)
+        return x.unflatten(0, tokens.shape) if tokens.dim() > 1 else x
 
     def logits(self, hidden):
         """[..., H] -> [..., V] float32. For a few positions; to score many tokens use kernels.linear_logprob."""

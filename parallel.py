@@ -146,10 +146,12 @@ def gathered(net):
     for part in parts:
         part.set_reshard_after_forward(False)
         part.unshard()
-    yield net
-    for part in parts:
-        part.set_reshard_after_forward(part is not net)
-        part.reshard()
+    try:
+        yield net
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not net)
+            part.reshard()
 
 
 def _parts(net):
@@ -196,6 +198,9 @@ def save(tensors, path):
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"{path} cannot be written ({first}); mend that, and go on with --resume") from None
+    if dist.get_rank() == 0:
+        with files.writing(path):
+            files.sync(path)                    # the names of what the processes wrote, before the state names `path`
 
 
 @torch.no_grad()
@@ -214,6 +219,8 @@ def load(tensors, path):
             if found[name].shape != tensor.shape:
                 raise ValueError(name)
             tensor.copy_(_share_of(found[name], tensor))
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise                                   # no fault of the file
     except Exception as error:                  # torch raises many kinds for a damaged file
         raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
                             "start again with --overwrite") from None

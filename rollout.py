@@ -304,7 +304,8 @@ def _decoder(net, cache, rows, how):
         computed = slice(0, cache.width)
         cache.step(longest)
         _append(rows, computed, net.logits(net(rows.token[computed], cache)), *how)
-    return _replayed(step, cache) if isinstance(cache, model.FlashCache) and torch.cuda.is_available() else step
+    recorded = isinstance(cache, model.FlashCache) and torch.cuda.is_available() and net.computes_in is None
+    return _replayed(step, cache) if recorded else step         # a sharded net's hooks wait for streams of their own
 
 
 def _replayed(step, cache):

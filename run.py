@@ -512,6 +512,9 @@ class Run:
         state = self._load(path)
         if not isinstance(state, dict):
             state = {}
+        if "shard" in state:
+            raise UserError(f"--resume: {path} was saved by another version of this program; begin again with "
+                            "--overwrite, or go on from the last good checkpoint (--model) in another --out")
         with files.restoring(path):
             state["iteration"], state["step"]                               # what both scripts go by
             self.seconds = {name: float(value) for name, value in state["seconds"].items()}

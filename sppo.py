@@ -64,6 +64,7 @@ Deviations from the official code (--preset takes its settings):
 """
 
 import dataclasses
+import gc
 import math
 import os
 
@@ -603,7 +604,8 @@ class Job:
     def network(self, checkpoint):
         """A checkpoint's network, to sample from. The last one is kept: several phases in a row work with pi_t."""
         if self.loaded[0] != checkpoint:
-            self.loaded = None, None                                # let go of its memory first
+            self.loaded = None, None
+            gc.collect()            # let go of memory first: a trained network may refer to itself
             self.loaded = checkpoint, model.Transformer.from_pretrained(checkpoint, self.device, self.dtype,
                                                                         merge=self.args.save == "merged")
         return self.loaded[1]
@@ -612,9 +614,7 @@ class Job:
         """The same network, to be trained; it leaves the cache because its weights will change."""
         net, self.loaded = self.network(checkpoint), (None, None)
         net.activation_checkpointing = self.args.activation_checkpointing
-        if self.args.compile:
-            net.compile_layers()
-        return net
+        return net.compile_layers() if self.args.compile else net
 
 
 def set_up(argv):
@@ -680,11 +680,12 @@ def set_up(argv):
 
 
 def check_memory(args, device, dtype, ranks):
-    """--plan; else a warning where the run will not fit. A prompt that no flag bounds counts as the paper's longest."""
-    prompt = args.max_prompt_tokens or 512
+    """--plan; else a warning where the run will not fit."""
+    prompt = args.max_prompt_tokens or 512                          # the paper's longest
+    width = min(prompt + args.max_new_tokens, args.max_total_tokens or math.inf)
     memory.before(args, device, dtype, ranks, answers=args.k if args.all_responses else 2, prompt=prompt,
-                  width=prompt + args.max_new_tokens, moments=4 if args.optimizer == "rmsprop" else 8,
-                  judges=[args.judge], reference=False)
+                  answer=width - prompt, width=width, moments=4 if args.optimizer == "rmsprop" else 8,
+                  judges=[args.judge], validates=chooses(args))
 
 
 def divided(sources, began, job):

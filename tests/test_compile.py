@@ -60,7 +60,6 @@ def test_compiled_layers_compute_the_same(checkpointing):
     torch._dynamo.reset()
     for a, b in zip(*compared_with_compiled(checkpointing)):
         torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-3)
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("script", [sppo, lsp])

@@ -160,8 +160,8 @@ def test_the_plan_against_the_allocator(name, moments, checkpointed):
     optimizer = kernels.Optimizer(net.parameters(), name)
     args = types.SimpleNamespace(lora=0, max_rows=4, max_new_tokens=256, micro_batch=4,
                                  activation_checkpointing=checkpointed)
-    plan = memory.plan(net.config, args, torch.bfloat16, 1, answers=2, prompt=256, width=512, moments=moments,
-                       judges=[], reference=False)["train"]
+    plan = memory.plan(net.config, args, torch.bfloat16, 1, answers=2, prompt=256, answer=256, width=512,
+                       moments=moments, judges=[])["train"]
     examples = [{"prompt": ids(256, n), "responses": [ids(256, 10 + n), ids(256, 20 + n)], "p": [0.8, 0.2],
                  "ref": [-1700.0, -1700.0]} for n in range(4)]
     step = functools.partial(sppo.gradient_step, net, optimizer, examples, types.SimpleNamespace(

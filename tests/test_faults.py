@@ -6,6 +6,7 @@ many there were.
 """
 
 import builtins
+import io
 import json
 import os
 import re
@@ -32,6 +33,7 @@ LSP = dict(steps=4, queries=4, answers=3, test_prompts=4, eval_every=2, print_ev
 # The operations that change what is on the disk, and where they stand. A process that dies at an fsync leaves what the
 # operation before it left; so the longer tests go without.
 OPERATIONS = (os, "replace"), (os, "remove"), (os, "mkdir"), (shutil, "rmtree"), (builtins, "open"), (os, "fsync")
+SHARED = *OPERATIONS[:-1], (io, "open"), (os, "rename")         # those of torch.distributed.checkpoint too
 
 
 TIMES = rb',\s*"(tokens_per_second": {[^}]*}|seconds": [0-9.]*)'           # the figures that no two runs share
@@ -206,7 +208,7 @@ def two(flags, numbers=(0, 0)):
     """Start two ranks of sppo.py; numbers: at which file operation each crashes. Their ids. The key-value store belongs
     to this process, as torchrun's does to torchrun."""
     two.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return [child(sppo, flags, numbers[rank], OPERATIONS[:-1], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+    return [child(sppo, flags, numbers[rank], SHARED, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(two.store.port), TORCHELASTIC_USE_AGENT_STORE="True")
             for rank in (0, 1)]
 

@@ -44,8 +44,8 @@ def arguments(**changed):
 
 
 def planned(args, dtype, ranks=1, **changed):
-    return memory.plan(SMALL, args, dtype, ranks, **dict(answers=2, prompt=30, width=50, moments=8, judges=[],
-                                                         reference=False) | changed)
+    return memory.plan(SMALL, args, dtype, ranks, **dict(answers=2, prompt=30, answer=20, width=50, moments=8,
+                                                         judges=[]) | changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +67,8 @@ def test_weights_masters_and_moments_are_the_real_ones(dtype, rank, name, moment
 def test_the_cache_is_the_samplers_own_bytes():
     cache = model.KVCache(SMALL, 5, 50, "cpu", torch.bfloat16)
     assert memory.cache_bytes(SMALL, 5, 50, torch.bfloat16) == size([cache.k, cache.v])
-    assert planned(arguments(), torch.bfloat16)["sample"]["KV cache"] == size([cache.k, cache.v])
+    prefill = memory.cache_bytes(SMALL, 1, memory.PREFILL, torch.bfloat16)
+    assert planned(arguments(), torch.bfloat16)["sample"]["KV cache"] == size([cache.k, cache.v]) + prefill
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -103,10 +104,26 @@ def test_several_gpus_share_what_is_trained_but_not_the_cache():
 
 
 def test_a_frozen_reference_costs_its_weights_but_not_with_adapters():
-    plain, reference = (planned(arguments(), torch.bfloat16, reference=held) for held in (False, True))
+    plain, reference = (planned(arguments(), torch.bfloat16, reference=held, between=held) for held in (False, True))
     assert reference["train"]["frozen reference"] == plain["train"]["weights"]
     assert reference["sample"]["moments"] == plain["train"]["moments"] and "moments" not in plain["sample"]
     assert "frozen reference" not in planned(arguments(lora=2), torch.bfloat16, reference=True)["train"]
+
+
+def test_validation_holds_the_optimizer_and_a_whole_network():
+    plan = planned(arguments(), torch.bfloat16, 4, validates=True)
+    assert plan["validate"] == plan["sample"] | {what: plan["train"][what] for what in ("float32 masters", "moments")}
+
+
+def test_an_adapter_is_planned_by_its_base(tmp_path):
+    net_ = net()
+    net_.config.raw.update(model_type="llama", vocab_size=300, hidden_size=64, intermediate_size=160,
+                           num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=8,
+                           tie_word_embeddings=True, max_position_embeddings=256)
+    net_.save_pretrained(str(tmp_path / "base"))
+    lora.adapt(net_, arguments(lora=2))
+    lora.save(net_, str(tmp_path / "adapter"), str(tmp_path / "base"))
+    assert memory.config_of(str(tmp_path / "adapter")).num_layers == 6
 
 
 def test_judges_count_by_their_kind():
@@ -114,6 +131,12 @@ def test_judges_count_by_their_kind():
         "oracle", "python:file.py:score", "", "pairrm:llm-blender/PairRM",
         "reward:Skywork/Skywork-Reward-V2-Llama-3.2-3B")]
     assert bytes_of[:3] == [0, 0, 0] and bytes_of[3] == 870_000_000 and 6.4e9 < bytes_of[4] < 6.5e9
+
+
+def test_a_classifier_of_another_family_counts_by_its_files(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(1234))
+    assert memory.judge_bytes(f"reward:{tmp_path}", torch.bfloat16) == 1234
 
 
 @pytest.mark.parametrize("script, flags, model_name", [
@@ -153,13 +176,25 @@ def test_adapters_fit_where_all_weights_do_not(capsys):
 def test_what_does_not_fit_is_said_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(memory, "config_of", lambda name: SMALL)
     args, cuda = arguments(model="here", plan=False), torch.device("cuda")
-    shape = dict(answers=2, prompt=30, width=50, moments=8, judges=[], reference=False)
+    shape = dict(answers=2, prompt=30, answer=20, width=50, moments=8, judges=[])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    for free, told in ((2**40, ""), (1000, "`train` needs")):
+    for free, told in ((2**40, ""), (1000, "GB, and 0 GB are free")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
         memory.before(args, cuda, torch.bfloat16, 1, **shape)
         out = capsys.readouterr().out
         assert told in out and bool(out) is bool(told) and ("--lora" in out) is bool(told)
+
+
+def test_what_cannot_be_planned_is_not_refused(monkeypatch, capsys):
+    """A model whose shape is unknown: the run itself will say what is wrong with it, if anything is."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    args = arguments(model="./nowhere", plan=False)
+    memory.before(args, torch.device("cuda"), torch.bfloat16, 1, answers=2, prompt=30, answer=20, width=50, moments=8,
+                  judges=[])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(run.UserError, match="nowhere"):
+        memory.before(arguments(model="./nowhere", plan=True), torch.device("cpu"), torch.float32, 1)
 
 
 def test_an_allocation_that_fails_ends_with_the_remedies(capsys):

@@ -12,13 +12,14 @@ import torch
 
 import checkpoints
 import kernels
+import lora
 import model
 import parallel
 import rollout
 import sppo
 from conftest import ROOT
 
-NAMES = ("untied", "tied", "bfloat16")
+NAMES = ("untied", "tied", "bfloat16", "lora")
 ARGS = types.SimpleNamespace(micro_batch=2, loss="sppo", eta=10.0, clip=1.0)
 
 
@@ -43,6 +44,8 @@ def network(name):
                                 num_kv_heads=2, head_dim=8, max_positions=64, tied=name == "tied")
     net = model.Transformer(config).init_weights(torch.Generator().manual_seed(0))
     net.activation_checkpointing = name == "tied"
+    if name == "lora":          # stays whole on each process; the adapters' gradients are averaged
+        lora.add(net, 2, 4.0, lora.parts_of(net.config, "all"))
     return net.to(torch.bfloat16 if name == "bfloat16" else torch.float32)
 
 
@@ -68,7 +71,8 @@ def trained(name, shard):
     with parallel.gathered(net):
         found["tokens"] = rollout.generate(net, [[1, 2, 3], [4, 5]], 2, 10, seeds=3, temperature=0).tokens
         if shard[0] == 0:
-            torch.save({key: tensor.clone() for key, tensor in checkpoints.names_in(net).items()}, f"{name}.weights")
+            weights = checkpoints.names_in(net) | dict(lora.merged(net))
+            torch.save({key: tensor.clone() for key, tensor in weights.items()}, f"{name}.weights")
     parallel.save(optimizer.tensors(), f"{name}.training")
     found["next"] = step()
     again = parallel.shard(network(name))
