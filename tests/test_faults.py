@@ -230,7 +230,7 @@ def test_one_of_two_ranks_crashes_at_every_file_operation(base):
             assert [ended(pid) for pid in two([*flags, "--out", "r", "--resume"])] == [0, 0], (number, log(), log(1))
             check_same("r", "whole", want)
     print(f"\ntwo ranks: {operations[0]} + {operations[1]} crashes, and as many runs that ended as the whole one did")
-    assert operations[0] > 40 and operations[1] > 2
+    assert operations[0] > 40 and operations[1] >= 2
 
 
 def wait_for(text, rank=0):
