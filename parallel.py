@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import math
 import os
+import re
 import warnings
 
 import torch
@@ -83,6 +84,11 @@ def barrier():
     """Wait until every rank is here."""
     if dist.is_initialized():
         dist.barrier(group=Ranks.patient)
+
+
+def lost(error):
+    """Does this error mean that another process is gone, or did not answer in time?"""
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl", str(error), re.I))
 
 
 def sum_over_ranks(values, device):
@@ -185,7 +191,8 @@ def passes(count, shard, size):
 
 def save(tensors, path):
     """Write {name: tensor} to `path`: with one process a file of torch.save; with several a directory, in which each
-    writes its shares (torch.distributed.checkpoint)."""
+    writes its shares (torch.distributed.checkpoint). Such a directory's index is a pickle, which `load` runs: resume no
+    run directory that somebody else sent."""
     if not dist.is_initialized():
         return files.save_tensors(path, tensors)
     import torch.distributed.checkpoint as dcp
@@ -219,9 +226,9 @@ def load(tensors, path):
             if found[name].shape != tensor.shape:
                 raise ValueError(name)
             tensor.copy_(_share_of(found[name], tensor))
-    except (torch.OutOfMemoryError, dist.DistError):
-        raise                                   # no fault of the file
     except Exception as error:                  # torch raises many kinds for a damaged file
+        if isinstance(error, torch.OutOfMemoryError) or lost(error):
+            raise                               # no fault of the file
         raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); "
                             "start again with --overwrite") from None
 

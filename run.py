@@ -112,8 +112,7 @@ def main(function):
     except torch.OutOfMemoryError as error:
         stop(f"the GPU's memory is full ({str(error)[:100]}); --plan prints what needs how much; {REMEDIES}")
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
-        if not parallel.Ranks.store or not lost:
+        if not parallel.Ranks.store or not parallel.lost(error):
             raise
         stop("another process of this run has ended, or cannot be reached, or did not answer for as long as "
              f"--rank-timeout says; see what it printed, and go on with --resume ({str(error).splitlines()[0][:120]})")

@@ -8,7 +8,6 @@ and the vocabulary. Where there is a plain way of doing the same, it is drawn be
 import dataclasses
 import functools
 import os
-import tempfile
 
 import torch
 
@@ -95,9 +94,7 @@ def main(argv):
     """The sub-command `growth`."""
     args = flags.parse(GrowthSettings, argv, "time this project at growing sizes and draw a picture")
     device, dtype = run.device_and_dtype(args.device, args.dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        timing.random_llama(args.size, directory)
-        net = model.Transformer.from_pretrained(directory, device, dtype)
+    net = timing.random_network(args, device, dtype)
     panels = measure(net, args.rounds)
     for title, x_label, unit, lines in panels:
         print(f"{title} ({unit}):")

@@ -103,9 +103,7 @@ def packing_command(argv):
     """The sub-command `packing`."""
     args = flags.parse(PackingSettings, argv, "check and time a training step's forward and backward pass")
     device, dtype = run.device_and_dtype(args.device, args.dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        timing.random_llama(args.size, directory)
-        net = model.Transformer.from_pretrained(directory, device, dtype)
+    net = timing.random_network(args, device, dtype)
     generator = torch.Generator().manual_seed(1)
     for name, lengths in ANSWERS.items():
         pieces = [torch.randint(net.config.vocab_size, (n,), generator=generator).tolist() for n in (PROMPT, *lengths)]

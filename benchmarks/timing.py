@@ -4,10 +4,12 @@ import ctypes
 import dataclasses
 import math
 import os
+import tempfile
 import time
 
 import torch
 
+import model
 from flags import flag
 
 
@@ -114,6 +116,13 @@ class SizeSettings:
     rounds: int = flag(3, "interleaved rounds; the median is printed", at_least=1)
     device: str = flag("auto", "cuda, mps or cpu")
     dtype: str = flag("auto", "float32 or bfloat16", ("auto", "float32", "bfloat16"))
+
+
+def random_network(args, device, dtype):
+    """A model.Transformer with the weights that `random_llama` draws for args.size."""
+    with tempfile.TemporaryDirectory() as directory:
+        random_llama(args.size, directory)
+        return model.Transformer.from_pretrained(directory, device, dtype)
 
 
 def random_llama(size, directory):

@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -134,6 +135,17 @@ def test_a_file_of_other_shapes_or_names_is_refused(tmp_path):
         parallel.save(saved, path)
         with pytest.raises(parallel.UserError, match="training cannot be read"):
             parallel.load({"a": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("[../third_party/gloo/pair.cc] Connection closed by peer")])
+def test_a_full_gpu_or_a_lost_process_is_no_damaged_file(error, tmp_path, monkeypatch):
+    """Else a good run would be thrown away on our own advice."""
+    def fails(*given, **options):
+        raise error
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        parallel.load({}, str(tmp_path / "training"))
 
 
 def test_one_process_leaves_the_network_as_it_is():
