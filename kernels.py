@@ -428,11 +428,11 @@ def optimistic(P, before=None):
     log pi_{t+1} = log pi_t + eta p* + const counts the last gain twice and takes the one before back: a guess that the
     opponent moves on as it did. (Rakhlin and Sridharan, arXiv 1311.1869; for preferences ONPO, arXiv 2502.16852.)
 
-    P(y_i > pi_t) is a mean over the other K - 1 answers. The comparison with itself, 1/2, would shrink P - 1/2 to
-    (K - 1)/K of it, while P(y > pi_{t-1}) is not shrunk. The constant makes p* average to 1/2 over the K answers, as
-    Phat does, so that the 1/2 in (4.7) stands for log Z / eta here too, and answers that tie stay where they are.
-    A mean over all K holds the answer itself, so taking it off shrinks what is left by (K - 1)/K too. Hence the factor
-    K/(K - 1) on both terms, with Phat as it is; p* - 1/2 is then unbiased for
+    Phat compares an answer with itself too, which shrinks Phat - 1/2 to (K - 1)/K of its mean; P(y > pi_{t-1}) has no
+    such term. A constant is taken off the latter, so that p* averages to 1/2 over the K answers, as Phat does: the 1/2
+    in (4.7) then stands for log Z / eta here too, and answers that tie stay where they are. That constant, a mean over
+    the K answers, holds the answer itself and shrinks the rest by (K - 1)/K as well. The factor K/(K - 1) on both
+    terms undoes the shrinking; p* - 1/2 is unbiased for
     2 (P(y > pi_t) - 1/2) - (P(y > pi_{t-1}) - P(pi_t > pi_{t-1})).
 
     >>> P = torch.tensor([[[.5, 1.], [0., .5]]])

@@ -26,7 +26,9 @@ Deviations from the paper, each with its reason:
     takes the log-ratio off the advantage, and that is exactly the gradient of beta KL(pi || pi_Ref)
   - the prompts of Boxes 1 and 3 are here in words of our own with the same content; FILE flags take any others
   - the paper gives neither G nor alpha_ch. For real models G = 8, which is the default of the trainer that its baseline
-    comes from, and alpha_ch = 1, (4) and (5) as they stand. An embedded world has its own settings (world.WORLDS)
+    comes from, and alpha_ch = 1, (4) and (5) as they stand
+  - an embedded world has settings of its own (world.WORLDS), --reward-scale among them: r = 3 R + R_Q, with other
+    Challenger's rewards 12 R + R_Q. The paper adds the two as they are, and so do real models here
   - a verdict that cannot be read counts as the mean of its query's others, so that it moves neither player (the paper
     does not say what it did), and is logged
   - --mode grpo is (4) on data, as the paper writes it. Its figures for GRPO come from a library (TRL) that divides by
@@ -34,6 +36,7 @@ Deviations from the paper, each with its reason:
     --std-normalise, --normalise sequence | token | constant, --kl k2-token | k3-token
   - not in the paper: gradients clipped at norm 1, AdamW betas (.9, .98), a learning rate that stays the same (TRL's
     falls linearly to 0; the paper does not say), so that a run may go on with more --steps
+  - the final table's answers are sampled at T = 1, not at .01 (eval.py generate has the paper's decoding)
   - equal pairs of query and answer share one verdict of R and of R_Q, where the paper asks for each anew
   - the Challenger's log-probability covers all that it wrote, also what stands around the query and is not played
   - --self-reward expected, the embedded world's default, reads the mean of the score's distribution instead of sampling
@@ -193,14 +196,14 @@ def main(argv):
         with record.phase("reference"):
             ratio_sol = reference_ratios(job.ref, game.prompts, game.answer_ids, game.token_logp, args, job.shard)
             ratio_ch = None                     # queries from data or a frozen Challenger: nobody to train
-            if job.trained is not None:
-                ratio_ch = reference_ratios(job.ref, [job.trained], [game.query_ids], game.token_logp_q, args,
+            if job.trains_challenger:
+                ratio_ch = reference_ratios(job.ref, [job.challenge], [game.query_ids], game.token_logp_q, args,
                                             job.shard)
 
         # -- loss, step: L = L_Sol + alpha_ch L_Ch of (4), (5). One step on fresh samples, so that pi/sg(pi) is 1 ------
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         with record.phase("train"):
-            norm = gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, job.trained, args, lr,
+            norm = gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, job.challenge, args, lr,
                                  job.shard)
         bar.update()
         metrics = step_metrics(game, R, R_Q, A_sol, A_ch, ratio_sol, ratio_ch, args)
@@ -381,7 +384,7 @@ def reference_ratios(ref, prompts, responses, token_logp, args, shard):
 def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challenge, args, lr, shard=(0, 1)):
     """L = L_Sol + alpha_ch L_Ch of (4) and (5), one optimizer step. Returns the gradient's norm.
 
-    challenge: the Challenger's prompt as ids, or None where the queries are data and only the Solver learns.
+    challenge: the Challenger's prompt as ids. ratio_ch: None where only the Solver learns.
     """
     N, G = A_sol.shape
     lengths = [len(a) for group in game.answer_ids for a in group]
@@ -389,7 +392,7 @@ def gradient_step(net, optimizer, game, A_sol, A_ch, ratio_sol, ratio_ch, challe
     for part, weight in parallel.passes(N, shard, args.micro_batch):
         policy_pass(net, [game.prompts[i] for i in part], [game.answer_ids[i] for i in part],
                     [coef[i * G + j] for i in part for j in range(G)], weight / G)
-    if challenge is not None and args.alpha_ch:
+    if ratio_ch is not None and args.alpha_ch:
         coef = token_coefficients(A_ch, ratio_ch, list(map(len, game.query_ids)), args.max_query_tokens, args)
         for part, weight in parallel.passes(N, shard, args.micro_batch):
             policy_pass(net, [challenge], [[game.query_ids[i] for i in part]], [coef[i] for i in part],
@@ -431,7 +434,8 @@ def figures_of(step, job):
     if job.challenge is None:
         return figures
     stage, spoken = step - 1 if step else "base", world.WORLDS.get(args.world)
-    asking = dataclasses.replace(args, queries=FRESH[not spoken], answers=1, max_new_tokens=1)      # answers: not used
+    count = FRESH[0] if spoken else FRESH[1]
+    asking = dataclasses.replace(args, queries=count, answers=1, max_new_tokens=1)                  # answers: not used
     game = play(job.net if step else job.ref, job.chat, asking, ("figures", stage), job.challenge, shard=job.shard,
                 asker=job.asker if step else job.ref)
     asked = challenger.query_metrics(game.queries, game.query_ids, spoken)
@@ -536,7 +540,7 @@ class Job:
     judge: object = None                        # gives R
     self_reward: object = None                  # gives R_Q; None in the zero-sum game and on data
     challenge: list = None                      # cp, the Challenger's prompt as ids; None where queries come from data
-    trained: list = None                        # the same; None too where the Challenger is frozen
+    trains_challenger: bool = False             # no where queries come from data or the Challenger is frozen
     asker: model.Transformer = None             # whom cp is given to: net, or ref where the Challenger is frozen
     held_out: object = None                     # is this text kept for evaluation? Such a query is written anew
     data: list = None                           # a list of N queries for each step, where they do
@@ -576,7 +580,7 @@ def set_up(argv):
                model.Transformer.from_pretrained(job.base, device, dtype).requires_grad_(False))
     if job.data is None:
         job.challenge = job.chat.encode(asked)
-        job.trained = job.challenge if args.challenger == "trained" else None
+        job.trains_challenger = args.challenger == "trained"
         job.asker = job.net if args.challenger == "trained" else job.ref
     check_prompts(job, test, table_judge)
     if args.mode == "lsp":

@@ -185,7 +185,7 @@ class SharedPrefix:
         return torch.cat(out).index_select(0, self.unpad)
 
 
-STAIR = 256     # of a long row, so many queries at least in one call of attention
+STAIR = 256     # long rows are cut into pieces of at least so many queries, one call of attention each
 
 
 def _stairs(sizes, alone=False):
@@ -371,7 +371,7 @@ class FlashPrefix(SharedPrefix):
 # prompts that are to be continued, and the cache
 
 
-SHARED = 32     # what all prompts begin with is worth a rectangle of its own from this many tokens on
+SHARED = 32     # what all prompts begin with is computed once if it has at least so many tokens
 
 
 def prefill(net, prompts, keep_kv=False):

@@ -11,8 +11,8 @@ A judge looks at one prompt and K responses to it and says which it likes. These
   verify:gsm8k, verify:math   benchmarks/verify.py's, a reward of 0 or 1: is the prompt's known `answer` reached?
 
 A judge has `.name`, `.preference`, and where it gives rewards `.reward` and `.bounds`, what they lie between (None: not
-known). A prompt is a text or a chat.Prompt. Whoever reads a text breaks in it what its own tokenizer takes for a mark:
-no response can end its turn or pose as its rival. Self-play finds such holes.
+known). A prompt is a text or a chat.Prompt. Every judge first breaks up what its own tokenizer would take for a special
+token in a text: no response can end its turn or pose as its rival. Self-play finds such holes.
 
 Shapes, here and below: B prompts, K responses each, T tokens, H hidden. Three things are never mixed up:
 
@@ -321,7 +321,7 @@ class RewardModel:
     decoders    Llama, Mistral, Qwen2, Qwen3, Gemma 2 and others with a `score` head, for instance
                 Skywork/Skywork-Reward-V2-Llama-3.2-3B: a user's and an assistant's turn through the model's own chat
                 template, its ids as they are. Read at the last token, by length; transformers' own forward takes the
-                last that is not the config's pad token, which is another where an answer or its turn ends in that one
+                last that is not the config's pad token, and so an earlier one where a turn ends with that token
     DeBERTa     v2 and v3, for instance OpenAssistant/reward-model-deberta-v3-large-v2: [CLS] prompt [SEP] answer [SEP],
                 read at [CLS]
 

@@ -298,8 +298,8 @@ def _how_many(prompts, first, room, prefill_tokens):
 
 
 def _decoder(net, cache, rows, how):
-    """A function that gives a token to every live row, the longest of which then has so many. how: (temperature, top_p,
-    top_k). On a GPU the function is a recording, where the cache computes few numbers of rows."""
+    """A function step(longest) that gives a token to every live row; longest: how many tokens the longest of them then
+    has. how: (temperature, top_p, top_k). With a FlashCache, whose steps have few widths, it replays CUDA graphs."""
     def step(longest):
         computed = slice(0, cache.width)
         cache.step(longest)

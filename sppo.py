@@ -2,30 +2,34 @@
 
 The game: two language models answer the same prompt x, and a judge says how likely the one answer y beats the other,
 P(y > y' | x). No scores are assumed, so a beats b beats c beats a is allowed. What one wants is the policy that nobody
-beats more than half the time, the Nash equilibrium, and multiplicative weights finds it by self-play:
+beats more than half the time, the Nash equilibrium. Self-play by multiplicative weights approaches it, in the average
+over t (Theorem 4.1):
 
-    pi_{t+1}(y|x)  ~  pi_t(y|x) exp( eta P(y > pi_t | x) )                                                         (4.1)
+    pi_{t+1}(y|x) = pi_t(y|x) exp( eta P(y > pi_t | x) ) / Z(x)                                                    (4.1)
 
-Taking logarithms turns the update into a regression that a language model can do, with log Z ~ eta / 2. For each
-iteration t:
+Taking logarithms turns the update into a regression that a language model can do. In place of log Z(x) the paper puts
+eta / 2, its value for small eta. For a larger eta it is more, by as much for all answers to x: targets are then too
+high, their order is right. For each iteration t:
 
     sample   K answers y_1..y_K ~ pi_t(.|x) for each prompt of this iteration's part
     judge    all pairs;  Phat(y_i > pi_t | x) = (1/K) sum_k P(y_i > y_k | x), itself included (1/2)
-    loss     ( log pi(y|x) / pi_t(y|x)  -  eta (Phat(y > pi_t | x) - 1/2) )^2  on the best and the worst answer    (4.7)
+    loss     ( log pi(y|x) / pi_t(y|x)  -  eta (Phat(y > pi_t | x) - 1/2) )^2,  a mean over answers                (4.7)
+             as in the experiments, over the best and the worst; --all-responses takes all K, as the theorem does
     step     pi_t is both the starting point and the reference; the result is pi_{t+1}
 
 --loss runs the same loop with another loss: iterative DPO and IPO, the paper's baselines, and sppo-hard, (4.7) with
 the preferences rounded to 1 and 0. --world intransitive is a game of three styles where no style is best.
 
 Deviations from the paper, each with its reason:
-  - an embedded world's eta, beta, learning rates, optimizer and epochs are its own (its entry in world.WORLDS, picked
-    on validation prompts): eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
+  - an embedded world has settings of its own (its entry in world.WORLDS, picked on validation prompts), `intransitive`
+    all K responses too: eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
   - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
     with the run's own judge; the test prompts play no part in any choice. With one epoch, the default for real
     prompts, there is one candidate and the figure only reports. --keep last makes no choice
   - best and worst are by Phat (optimistic play: p*), the loss's own, also where PairRM's aggregate score would differ
-  - prompts whose K answers all tie stay in (p = 1/2, so their target is 0), so that a part's size does not depend on
-    the judge
+  - prompts whose K answers all tie stay in, so that a part's size does not depend on the judge: SPPO then holds one of
+    them where it is, DPO and IPO add a constant to the loss
+  - validation and test answers are sampled at T = 1, also with --preset (eval.py generate has the papers' decoding)
   - the learning-rate schedule spans an iteration's own epochs; --schedule-epochs 18 gives the paper's, which schedules
     18 and keeps the first one's result, still warming up, at .56 of the peak rate
   - optimizer state starts afresh in each iteration, and pi_{t+1} is what its checkpoint holds: in bfloat16 the float32
@@ -36,8 +40,7 @@ Deviations from the paper, each with its reason:
   - the learning rate is one step ahead of Hugging Face's linear schedule, whose first step has rate 0
   - a reward used as a judge becomes a preference by Bradley-Terry, P = sigmoid(r - r'), and is transitive by that
   - --self-play optimistic or magnetic, off by default, changes what stands in Phat's place: where a judge's taste runs
-    in a circle, so do SPPO's iterates, and only their average approaches the equilibrium; in exact play (games.py)
-    these two come to rest
+    in a circle, so do SPPO's iterates; in exact play (games.py) these two come to rest
   - not in the paper: gradients clipped at norm 1 (--clip; the official code's trainer does it too), AdamW betas
     (.9, .98), the baselines' beta (the paper does not say which it used)
   - off by default: --lora trains adapters of low rank in place of all weights (lora.py)
@@ -144,7 +147,7 @@ class Settings(challenger.Settings):
     k: int = flag(5, "K, answers sampled per prompt (section 5.1: 5)", at_least=2)
     loss: str = flag("sppo",
         "sppo = (4.7); sppo-hard = (4.7) with p = 1 and 0; dpo, ipo = the paper's baselines, on the same best and "
-        "worst answers", LOSSES)
+        "worst answers; each has its own eta or beta, lr and epochs, and --help shows sppo's", LOSSES)
     all_responses: bool | None = flag(None,
         "all K answers in SPPO's loss, as in Theorem 4.1, instead of the best and the worst")
     self_play: str = flag("plain",
@@ -223,8 +226,7 @@ def main(argv):
             rows = sampled(t, job)
             # P(y_i > y_k | x) for all pairs, so that Phat compares every answer with pi_t itself, as (4.1) asks.
             rows = judged(t, rows, job)
-            # The best and the worst answer to each prompt, or all K, with their Phats; for --self-play optimistic with
-            # p* = 2 P(y > pi_t) - P(y > pi_{t-1}), which expects the opponent to move once more as it just moved.
+            # The best and the worst answer to each prompt, or all K, with their Phats (table.ranked).
             examples, statistics = picked(t, rows, job)
             rows = None                         # their texts are not needed any more, and take much memory
             # The regression (4.7). Its result is pi_{t+1}, the next iteration's start and reference.
@@ -259,8 +261,6 @@ def trained(t, examples, statistics, job):
     lora.adapt(net, args, t)
     state = record.training_state(t)            # {"step": 0}, or what an interrupted training of this iteration left
     reference_logprobs(net, examples, args, t, job.shard, record, resumed=state["step"] > 0)
-    # log pi_{t+1} = (1 - w) log pi_t + w log pi_mag + eta P(y > pi_t) + const: the pull to a fixed policy ends the
-    # circling, near the equilibrium, and moving the magnet to pi_t from time to time brings it there.
     if args.self_play == "magnetic":
         draw_to_magnet(t, examples, job)
     # The optimizer starts afresh too: its moments belong to another regression.
@@ -285,7 +285,6 @@ def trained(t, examples, statistics, job):
         with record.phase("train"):
             metrics = gradient_step(net, optimizer, batch, args, lr, job.shard)
         bar.update()
-        # Stop on a loss that is no number, before a checkpoint is spoilt by it.
         run.check_finite(metrics, f"iteration {t}, step {step + 1}", job.pi_path(t))
         record.write("metrics.jsonl", {"iteration": t, "step": step + 1, "epoch": epoch + 1, **metrics, **statistics})
         if end_of_epoch or (step + 1) % args.print_every == 0:
@@ -354,17 +353,17 @@ def drawn(s, t, begun, job):
     `answers_before`. Finished chunks wait in the file `begun`."""
     args, record, prompts, count = job.args, job.record, prompts_of(t, job), 0
     net = job.network(job.pi_path(s))
-    before, of = record.seconds.get("sample", 0.0), () if s == t else ("before",)
+    seconds_before, extra_names = record.seconds.get("sample", 0.0), () if s == t else ("before",)
 
     def make(prompts, first):
         nonlocal count
-        rows = sample_answers(net, job.chat, prompts, args, t, job.shard, first, of)
+        rows = sample_answers(net, job.chat, prompts, args, t, job.shard, first, extra_names)
         count += sum(len(ids) for row in rows for ids in row["tokens"])
         return rows if s == t else [{"answers_before": answer_texts(row)} for row in rows]
 
     with record.phase("sample"):
         rows = run.in_chunks(begun, prompts, args.chunk * job.shard[1], make, job.rank)
-    seconds = record.seconds["sample"] - before
+    seconds = record.seconds["sample"] - seconds_before
     record.say(f"iteration {t}: sampled {count} tokens {f'of pi_{s} ' * (s < t)}in {seconds:.1f} s "
                f"({count / max(seconds, 1e-9):.0f} a second)")
     return rows
@@ -457,8 +456,9 @@ def kept_logprobs(net, name, examples, args, t, shard, record, resumed=False):
 
 
 def draw_to_magnet(t, examples, job):
-    """Puts the p* of `kernels.magnetic` in Phat's place. Costs a forward pass of the magnet over the answers, unless
-    pi_t itself is the magnet. No optimizer is in memory yet, so that a second network finds room."""
+    """Puts the p* of `kernels.magnetic` in Phat's place. A pull to a fixed policy ends the circling near the
+    equilibrium; moving the magnet to pi_t from time to time brings it there. Costs a forward pass of the magnet over
+    the answers, unless pi_t itself is the magnet. No optimizer is in memory yet: a second network finds room."""
     args, s, logprobs = job.args, kernels.magnet_at(t, job.args.magnet_every), [example["ref"] for example in examples]
     if s < t:
         logprobs = kept_logprobs(job.take(job.pi_path(s)), "magnet", examples, args, t, job.shard, job.record)
@@ -474,14 +474,14 @@ def draw_to_magnet(t, examples, job):
 def loss_of(logratio, p, args):
     """The loss of every prompt [b]: logratio = log pi(y|x)/pi_t(y|x) and p = Phat(y > pi_t | x), or the p* of another
     --self-play, both [b, n] float32, best response first and worst last."""
-    winner, loser = logratio[:, 0], logratio[:, -1]
+    logratio_w, logratio_l = logratio[:, 0], logratio[:, -1]
     if args.loss == "sppo":         # (4.7):  ( log pi(y|x)/pi_t(y|x) - eta (Phat - 1/2) )^2, averaged over responses
         return kernels.sppo_loss(logratio, p, args.eta).mean(1)
     if args.loss == "sppo-hard":    # the same with the preference rounded: the winner has p = 1, the loser p = 0
         return kernels.sppo_loss(logratio, torch.tensor([1.0, 0.0], device=p.device), args.eta).mean(1)
-    if args.loss == "dpo":          # -log sigmoid( beta (winner - loser) ): only their difference counts
-        return kernels.dpo_loss(winner, loser, args.beta)
-    return kernels.ipo_loss(winner, loser, args.beta)   # ( winner - loser - 1/(2 beta) )^2
+    if args.loss == "dpo":          # -log sigmoid( beta (logratio_w - logratio_l) ): only their difference counts
+        return kernels.dpo_loss(logratio_w, logratio_l, args.beta)
+    return kernels.ipo_loss(logratio_w, logratio_l, args.beta)      # ( logratio_w - logratio_l - 1/(2 beta) )^2
 
 
 def gradient_step(net, optimizer, examples, args, lr, shard):

@@ -412,7 +412,7 @@ def train_base(directory, world, device):
            .init_weights(torch.Generator().manual_seed(world.seed)).to(device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=world.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     print(f"training the tiny base on {device}, {world.steps} steps "
-          f"(once; about {world.steps / 16:.0f} s on two cores)", flush=True)
+          f"(once; {world.steps // 28} to {world.steps // 9} s on two cores)", flush=True)
     bar = run.progress(range(world.steps), desc="training the tiny base")
     for step in bar:
         left = 1 - step / world.steps
