@@ -75,11 +75,11 @@ def ladder(device):
     CUDA three, of which two need Triton."""
     if device.type != "cuda":
         return {"": kernels.PLAIN}
-    rungs = {" plain": kernels.PLAIN}
-    if kernels.TRITON:
+    rungs, own = {" plain": kernels.PLAIN}, kernels.tile_functions(device)
+    if own is not kernels.PLAIN:
         # dynamic: the last tile's size is another, and would have it compiled once more
         compiled = {name: torch.compile(function, dynamic=True) for name, function in vars(kernels.PLAIN).items()}
-        rungs |= {" compiled": types.SimpleNamespace(**compiled), " Triton": kernels.tile_functions(device)}
+        rungs |= {" compiled": types.SimpleNamespace(**compiled), " Triton": own}
     return rungs
 
 

@@ -265,10 +265,24 @@ PLAIN = types.SimpleNamespace(statistics=statistics, gradient_=gradient_, logpro
 
 def tile_functions(device):
     """Where the three functions above come from on this torch.device: `PLAIN`, or on CUDA the module kernels_triton."""
-    if device.type == "cuda" and TRITON:
+    if device.type == "cuda" and TRITON and _triton_works(device):
         import kernels_triton
         return kernels_triton
     return PLAIN
+
+
+@functools.cache
+def _triton_works(device):
+    """Does a tiny tile go through? Triton calls the system's C compiler, which a slim image may lack. Tried, once."""
+    import kernels_triton
+    logits, target = torch.ones(1, 16, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        kernels_triton.statistics(logits, target, None)
+    except Exception as error:          # whatever a compiler raises
+        print(f"Triton does not work here, plain torch takes its place ({str(error)[:120]}); install a C compiler, or "
+              "give KERNELS_TRITON=0 in the environment", flush=True)
+        return False
+    return True
 
 
 def sum_rows(values, row, rows):
@@ -363,11 +377,13 @@ def attention(q, k, v, mask, scale=None, cap=None):
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is None:
-        grouped = q.shape[1] > k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=scale)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and q.is_cuda and q.dtype == torch.float32:       # the kernel for float32 has no grouped heads
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, scale=scale)
     else:
         folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])             # [R, nkv, groups * T, hd]
-        out = masked_attention(folded, k, v, mask, scale, cap).view(q.shape)
+        out = masked_attention(folded, k, v, mask, scale, cap).reshape(q.shape)     # on CUDA not always contiguous
     return out.transpose(1, 2)
 
 

@@ -123,6 +123,7 @@ class Reference:
     def __init__(self, net):
         self.net = net
         self.config, self.device, self.dtype = net.config, net.device, net.dtype
+        self.computes_in = net.computes_in
         self.head, self.logits = net.head, net.logits                   # the head has no adapter
 
     def __call__(self, tokens, view=None):

@@ -428,8 +428,8 @@ class KVCache:
         """Compaction: copy rows `movers` into rows `holes` and keep the first `live`. It costs as much as rows move."""
         if len(holes):
             used = slice(0, self.longest)
-            self.k[:, holes, :, used] = self.k[:, movers, :, used]
-            self.v[:, holes, :, used] = self.v[:, movers, :, used]
+            for x in (*self.k, *self.v):                    # layer by layer: what is copied waits in memory
+                x[holes, :, used] = x[movers, :, used]
             self.lengths[holes] = self.lengths[movers]
         self.live = live
 

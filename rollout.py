@@ -237,8 +237,7 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
     max_rows = max(n, min(max_rows, B * n))                 # a prompt's samples enter together
     longest_new = max(map(max, limits))
     width = max(len(prompt) + max(each) for prompt, each in zip(prompts, limits))   # of a row, prompt and answer
-    cache = model.kv_cache(net, max_rows, width)
-    rows = _Rows(max_rows, longest_new, net.device)
+    cache, rows = model.kv_cache(net, max_rows, width), _Rows(max_rows, longest_new, net.device)
     stop = torch.tensor(list(stop_ids) or [-1], device=net.device)                  # -1 is no token
     streams = row_streams(seeds, n, net.device).view(B, n)
     bar = run.progress(desc=desc, total=B * n) if desc else None
@@ -271,6 +270,9 @@ def generate(net, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, stop_i
                 bar.update(len(ended))
     if bar is not None:
         bar.close()
+    if net.device.type == "cuda":       # the cache is one huge block. If the allocator kept it, what is needed next
+        del cache, rows, step           # would be carved out of it, and the next cache find no place.
+        torch.cuda.empty_cache()
     samples.seconds = time.perf_counter() - start
     return samples
 
@@ -304,8 +306,13 @@ def _decoder(net, cache, rows, how):
         computed = slice(0, cache.width)
         cache.step(longest)
         _append(rows, computed, net.logits(net(rows.token[computed], cache)), *how)
-    recorded = isinstance(cache, model.FlashCache) and torch.cuda.is_available() and net.computes_in is None
+    recorded = isinstance(cache, model.FlashCache) and _records(net.device) and net.computes_in is None
     return _replayed(step, cache) if recorded else step         # a sharded net's hooks wait for streams of their own
+
+
+def _records(device):
+    """Are there graphs? On another device a step would run while it is recorded, and its replays be empty."""
+    return device.type == "cuda"
 
 
 def _replayed(step, cache):

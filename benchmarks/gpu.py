@@ -128,6 +128,7 @@ def train_command(argv):
     prompt, answer = ids[:args.length // 3], ids[args.length // 3:]
     for N, n in ((1, 2), (4, 2), (4, 8)):
         call = functools.partial(steps.packing_step, net, model.response_logprobs, [prompt] * N, [[answer] * n] * N)
+        net.zero_grad()                         # gradients that are held already would hide the peak
         peak = timing.peak_megabytes(call, device)
         taken = timing.median_seconds({n: call}, args.rounds, device)[n]
         tokens, scored = N * (len(prompt) + n * len(answer)), N * n * len(answer)

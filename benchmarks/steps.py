@@ -12,7 +12,6 @@ import itertools
 import math
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -282,13 +281,13 @@ def in_turns(calls, trainer, rounds, device):
         class Turns(transformers.TrainerCallback):
             def on_step_begin(self, *given, **options):
                 self.peak = None if peaks else timing.Peak(device)
-                self.begin = time.perf_counter()
+                self.begin = timing.now(device)
 
             def on_step_end(self, *given, **options):
                 if self.peak:
                     peaks["TRL"] = self.peak.megabytes()
                 else:
-                    times["TRL"].append(time.perf_counter() - self.begin)
+                    times["TRL"].append(timing.now(device) - self.begin)
                 others()
 
         trainer.add_callback(Turns())

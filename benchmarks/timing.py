@@ -27,12 +27,17 @@ def multiplies_bfloat16():
 
 
 def seconds(function, device):
-    """Wall-clock seconds of one call, the device's work included."""
-    start = time.perf_counter()
+    """Wall-clock seconds of one call, the device's work included, and none that it still had to do before."""
+    start = now(device)
     function()
+    return now(device) - start
+
+
+def now(device):
+    """The clock in seconds, read when the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def median_seconds(calls, rounds, device):

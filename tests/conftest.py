@@ -140,12 +140,12 @@ def dies_in(monkeypatch):
     return arm
 
 
-def small_base(entry, tmp_path_factory):
+def small_base(entry, tmp_path_factory, width=48):
     """The base of an embedded world, smaller and trained for two seconds: it answers and ends its turn."""
     import world
 
     directory = str(tmp_path_factory.mktemp("world") / "base")
-    world.train_base(directory, dataclasses.replace(entry, steps=150, width=48, layers=2, mlp=96, batch=32), "cpu")
+    world.train_base(directory, dataclasses.replace(entry, steps=150, width=width, layers=2, mlp=96, batch=32), "cpu")
     return directory
 
 

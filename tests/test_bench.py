@@ -120,11 +120,10 @@ def test_on_cuda_the_kernels_climb_a_ladder(small_tiles, monkeypatch, capsys, tr
         return lambda *arguments: calls.append(name) or function(*arguments)
 
     stand_in = types.SimpleNamespace(**{k: counting("Triton", f) for k, f in vars(kernels.PLAIN).items()})
-    monkeypatch.setattr(kernels, "TRITON", triton)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: counting("compiled", function))
     real = bench.log_probabilities
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "tile_functions", lambda device: stand_in)
+        patch.setattr(kernels, "tile_functions", lambda device: stand_in if triton else kernels.PLAIN)
         contestants = real(torch.device("cuda"))
     rungs = ["plain", "compiled", "Triton"] if triton else ["plain"]
     assert list(contestants) == ["reference", *(f"{function} {rung}" for function in (

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lora
 import model
 import rollout
 from checkpoints import Config
@@ -349,7 +350,7 @@ def graphs(monkeypatch):
         each.calls = recorder.calls
         found[next(len(args[0]) for func, args, _, _ in each.calls if "varlen" in func.name())].append(each)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rollout, "_records", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
@@ -370,6 +371,17 @@ def test_replayed_steps_give_the_same_tokens(flash, graphs, steps, monkeypatch, 
     python = collections.Counter(width for width, *_ in steps)              # how often Python came by
     assert {width for width, count in python.items() if count == 2} == graphs.keys() and max(python.values()) == 2
     assert max(each.replays for each, in graphs.values()) > 2
+
+
+def test_the_reference_of_adapters_is_recorded_too(flash, graphs):
+    net = random_net()
+    want = sampled(net)
+    lora.add(net, 2, 4.0, lora.parts_of(net.config, "all"))
+    for _, _, each in lora.adapted(net):
+        torch.nn.init.ones_(each.B)
+    flash(varlen_operator)
+    assert_same(sampled(lora.Reference(net)), want)
+    assert graphs
 
 
 @pytest.mark.parametrize("waits", [lambda x: int(x.sum()), lambda x: x[x > 0], lambda x: x.nonzero(), torch.unique])

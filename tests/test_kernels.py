@@ -229,13 +229,41 @@ def test_tile_sizes_by_device(small_tiles, monkeypatch):
 
 
 def test_who_works_on_a_tile(monkeypatch):
-    """On a CPU plain torch, even where Triton may be used; on CUDA kernels_triton, which is imported only then."""
+    """On a CPU plain torch, even where Triton may be used; on CUDA kernels_triton where it works."""
     triton = types.ModuleType("kernels_triton")
     monkeypatch.setitem(sys.modules, "kernels_triton", triton)
-    for allowed, on_cuda in ((True, triton), (False, kernels.PLAIN)):
+    for allowed, works, on_cuda in ((True, True, triton), (True, False, kernels.PLAIN), (False, True, kernels.PLAIN)):
         monkeypatch.setattr(kernels, "TRITON", allowed)
+        monkeypatch.setattr(kernels, "_triton_works", lambda device: works)
         assert kernels.tile_functions(torch.device("cpu")) is kernels.PLAIN
         assert kernels.tile_functions(torch.device("cuda")) is on_cuda
+
+
+def test_triton_without_a_compiler_is_told_once(monkeypatch, capsys):
+    def statistics(logits, target, softcap):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setitem(sys.modules, "kernels_triton", types.SimpleNamespace(statistics=statistics))
+    kernels._triton_works.cache_clear()
+    assert not kernels._triton_works(torch.device("cpu")) and not kernels._triton_works(torch.device("cpu"))
+    assert capsys.readouterr().out.count("Triton does not work here") == 1
+    monkeypatch.setitem(sys.modules, "kernels_triton", kernels.PLAIN)
+    kernels._triton_works.cache_clear()
+    assert kernels._triton_works(torch.device("cpu"))
+    kernels._triton_works.cache_clear()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_takes_results_in_cudas_layout(masked, monkeypatch):
+    """CUDA's kernels return [R, Q, heads, hd] with two dimensions swapped, where a CPU's are contiguous."""
+    real, at = torch.nn.functional.scaled_dot_product_attention, torch.arange(5)[None]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 5, heads, 8, generator=generator) for heads in (4, 2, 2))
+    mask = kernels.attention_mask(at, at, None, 2, torch.float32) if masked else None
+    want = kernels.attention(q, k, v, mask)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *args, **options: real(*args, **options).transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(kernels.attention(q, k, v, mask), want)
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)

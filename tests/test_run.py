@@ -85,12 +85,26 @@ def test_a_rank_takes_its_own_gpu_before_it_allocates(monkeypatch):
     calls = []
     for name, value in {"RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: calls.append(f"cudnn {on}"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch, "empty", lambda size, device: calls.append(f"empty {device}"))
     assert run.device_and_dtype("cuda") == (torch.device("cuda", 1), torch.bfloat16)
     assert calls == ["set cuda:1", "cudnn False", "empty cuda:1"]
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Graphs are recorded on the current device, whatever their tensors are on."""
+    calls = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    for name in ("cuda", "cuda:1"):
+        assert run.device_and_dtype(name, "float32")[0] == torch.device(name)
+    assert calls == [torch.device("cuda:1")]
 
 
 def test_one_process_needs_no_ranks(monkeypatch):
