@@ -118,19 +118,24 @@ def ask(net, chat, challenge, args, names, numbers, refuse=None, desc=None):
     in its place, as of one that is kept for evaluation. Where all ATTEMPTS are refused the query counts as empty: a
     Challenger that knows nothing else earns nothing by it. desc: label of a progress bar, None for no bar.
     """
-    room, found, missing = chat.room(0, args.max_new_tokens), {}, list(numbers)
-    for attempt in range(ATTEMPTS if missing else 0):
-        stream = run.stream(args.seed, *names, *([attempt] if attempt else []))
-        said = rollout.generate(net, [challenge] * len(missing), 1, args.max_query_tokens, args.temperature,
-                                stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[stream + i for i in missing],
+    room, found, missing = chat.room(0, args.max_new_tokens), {}, dict.fromkeys(numbers)
+    attempts = list(range(ATTEMPTS))
+    while missing and attempts:
+        # Few queries are asked thrice at once, in case they are refused: more rows cost less than another call.
+        now = attempts[:3 if refuse and 3 * len(missing) <= args.max_rows else 1]
+        attempts = attempts[len(now):]
+        tries = [(i, run.stream(args.seed, *names, *([attempt] if attempt else [])) + i)
+                 for attempt in now for i in missing]
+        said = rollout.generate(net, [challenge] * len(tries), 1, args.max_query_tokens, args.temperature,
+                                stop_ids=chat.stop_ids, max_rows=args.max_rows, seeds=[seed for _, seed in tries],
                                 desc=desc)
-        for i, (ids,), (logp,), (finish,) in zip(missing, said.tokens, said.logprobs, said.finish):
-            text = extract_query(without_thinking(chat.decode(ids)))
-            text = shortened(text, lambda part: len(chat.encode(part)) <= room)
-            found[i] = Query(text, ids, logp, finish == "length")
-        missing = [i for i in missing if refuse and refuse(found[i].text)]
-        if not missing:
-            break
+        for (i, _), (ids,), (logp,), (finish,) in zip(tries, said.tokens, said.logprobs, said.finish):
+            if i in missing:
+                text = extract_query(without_thinking(chat.decode(ids)))
+                text = shortened(text, lambda part: len(chat.encode(part)) <= room)
+                found[i] = Query(text, ids, logp, finish == "length")
+                if not (refuse and refuse(text)):
+                    del missing[i]
     for i in missing:
         found[i].text = ""
     return [found[i] for i in numbers]
