@@ -104,8 +104,12 @@ def test_several_processes_equal_one(ranks, tmp_path, monkeypatch):
             assert got["tokens"] == want["tokens"]
         ours, others = torch.load(f"{name}.weights"), torch.load(f"../{ranks}/{name}.weights")
         assert ours.keys() == others.keys()
-        for key, tensor in ours.items():
-            torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-2 if name == "bfloat16" else 1e-4)
+        # AdamW makes a step of up to 1e-3 out of a gradient that is nothing but rounding: so of a single weight the
+        # whole three steps are allowed, of all together a hundredth of that; in bfloat16 what rounding the weights adds.
+        difference = torch.cat([(others[key] - tensor).float().flatten() for key, tensor in ours.items()])
+        largest, typical = float(difference.abs().max()), float(difference.square().mean().sqrt())
+        print(f"{name}: {largest:.1e}, {typical:.1e}")
+        assert largest < (1e-2 if name == "bfloat16" else 3e-3) and typical < (5e-4 if name == "bfloat16" else 1e-5)
         # one process goes on from what several saved
         optimizer = kernels.Optimizer(network(name).parameters(), "adamw")
         parallel.load(optimizer.tensors(), f"../{ranks}/{name}.training")
