@@ -64,7 +64,7 @@ class CommonSettings:
         "compiler")
     weight_decay: float = flag(0.0, "of the optimizer (not in the papers)", at_least=0)
     lora: int = flag(0,
-        "r, rank of adapters (LoRA), which are trained in place of the weights and want three to ten times the learning "
+        "r, rank of adapters (LoRA), trained in place of the weights; they want three to ten times the learning "
         "rate; 0 = all weights are trained", at_least=0, at_most=4096)
     lora_alpha: float = flag(0.0, "alpha; what adapters add is multiplied by alpha / r; 0 = 2 r", at_least=0)
     lora_layers: str = flag("all", "what gets adapters: all, or some of q,k,v,o,gate,up,down with commas between")
