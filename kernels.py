@@ -279,8 +279,8 @@ def _triton_works(device):
     try:
         kernels_triton.statistics(logits, target, None)
     except Exception as error:          # whatever a compiler raises
-        print(f"Triton does not work here, plain torch takes its place ({str(error)[:120]}); install a C compiler, or "
-              "give KERNELS_TRITON=0 in the environment", flush=True)
+        print(f"Triton does not work here, plain torch takes its place ({str(error)[:120]}); if a C compiler is "
+              "missing, install one, or give KERNELS_TRITON=0 in the environment", flush=True)
         return False
     return True
 
@@ -578,11 +578,12 @@ class Optimizer:
         torch.nn.utils.clip_grads_with_norm_(self.masters, clip or math.inf, norm)
         for group in self.inner.param_groups:
             group["lr"] = lr
+        norm = float(norm)                      # the one time that the host waits for the device
         if math.isfinite(norm):
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         self.round()
-        return float(norm)
+        return norm
 
     @torch.no_grad()
     def round(self):

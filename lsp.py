@@ -371,7 +371,7 @@ def reference_ratios(ref, prompts, responses, token_logp, args, shard):
             batch = [prompts[i] for i in part], [responses[i] for i in part]
         logprob, row, of = model.response_logprobs(ref, *batch)
         sums = kernels.sum_rows(logprob, row, of).view(len(part), -1).tolist()
-        tokens = [piece.tolist() for piece in logprob.split(row.bincount().tolist())]
+        tokens = [piece.tolist() for piece in logprob.cpu().split(row.bincount().tolist())]
         each = len(tokens) // len(part)
         rows += [(group, tokens[i * each:(i + 1) * each]) for i, group in enumerate(sums)]
     rows = parallel.gather(rows, count)

@@ -158,6 +158,7 @@ def device_and_dtype(device="auto", dtype="auto"):
             # Hopper, and plans anew for every shape, of which decoding has one a step. Flash and efficient attention
             # remain.
             torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.set_float32_matmul_precision("highest")       # no TF32, which some images switch on
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "

@@ -26,6 +26,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 GPU = torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def as_every_run_begins():
+    """Without cuDNN's attention and TF32."""
+    run.device_and_dtype("cuda")
+
+
 def network(device, dtype, windows=(), layers=2, width=128, vocab=1000):
     """The same weights wherever they are: bfloat16's, so that float32 on a CPU computes with the very same."""
     config = checkpoints.Config(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_layers=layers,
@@ -59,7 +65,6 @@ def test_cudnn_attention_is_off():
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("P, T", [(128, 320), (64, 128), (100, 348), (5, 9)])       # keys at 64 mod 128 among them
 def test_both_views_equal_float32_on_a_cpu(windows, flash, P, T, monkeypatch):
-    run.device_and_dtype("cuda")
     if not flash:
         monkeypatch.setattr(model, "flash_serves", lambda net: False)
     net = network(GPU, torch.bfloat16, windows)
@@ -105,7 +110,6 @@ def test_the_samplers_logprobs_are_the_forward_passs(windows, flash, monkeypatch
 def test_log_probabilities_against_float64(cap, dtype, bound, triton, monkeypatch):
     """With Triton where it is installed, and without."""
     monkeypatch.setattr(kernels, "TRITON", triton and kernels.TRITON)
-    torch.backends.cuda.matmul.allow_tf32 = False
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(300, 256, generator=g), torch.randn(40_001, 256, generator=g) * 0.2
     target, coef = torch.randint(40_001, (300,), generator=g), torch.randn(300, generator=g)
