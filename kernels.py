@@ -444,11 +444,11 @@ def optimistic(P, before=None):
     log pi_{t+1} = log pi_t + eta p* + const counts the last gain twice and takes the one before back: a guess that the
     opponent moves on as it did. (Rakhlin and Sridharan, arXiv 1311.1869; for preferences ONPO, arXiv 2502.16852.)
 
-    Phat compares an answer with itself too, which shrinks Phat - 1/2 to (K - 1)/K of its mean; P(y > pi_{t-1}) has no
-    such term. A constant is taken off the latter, so that p* averages to 1/2 over the K answers, as Phat does: the 1/2
-    in (4.7) then stands for log Z / eta here too, and answers that tie stay where they are. That constant, a mean over
-    the K answers, holds the answer itself and shrinks the rest by (K - 1)/K as well. The factor K/(K - 1) on both
-    terms undoes the shrinking; p* - 1/2 is unbiased for
+    Phat compares an answer with itself too. So on average Phat - 1/2 is only (K - 1)/K of P(y > pi_t) - 1/2, while
+    P(y > pi_{t-1}) has no such term. From the latter its mean over the K answers is taken off. Then p* averages to 1/2,
+    as Phat does: the 1/2 in (4.7) stands for log Z / eta here too, and answers that tie stay where they are. That mean
+    holds the answer itself, and shrinks what is left to (K - 1)/K as well. The factor K/(K - 1) undoes both; p* - 1/2
+    is unbiased for
     2 (P(y > pi_t) - 1/2) - (P(y > pi_{t-1}) - P(pi_t > pi_{t-1})).
 
     >>> P = torch.tensor([[[.5, 1.], [0., .5]]])
@@ -578,7 +578,7 @@ class Optimizer:
         torch.nn.utils.clip_grads_with_norm_(self.masters, clip or math.inf, norm)
         for group in self.inner.param_groups:
             group["lr"] = lr
-        norm = float(norm)                      # the one time that the host waits for the device
+        norm = float(norm)                      # here the host waits for the device, and nowhere else in a step
         if math.isfinite(norm):
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)

@@ -152,7 +152,7 @@ def device_and_dtype(device="auto", dtype="auto"):
         if device.type == "cuda":
             if "RANK" in os.environ:            # each process its own, before anything is allocated on the first
                 device = torch.device("cuda", parallel.set_by_torchrun("LOCAL_RANK"))
-            if device.index is not None and torch.cuda.is_available():  # what names no device, as graphs do, means it
+            if device.index is not None and torch.cuda.is_available():  # CUDA graphs are recorded on the current one
                 torch.cuda.set_device(device)
             # cuDNN's attention with a mask has given NaN gradients (pytorch issue 196678) and wrong text (193893) on
             # Hopper, and plans anew for every shape, of which decoding has one a step. Flash and efficient attention

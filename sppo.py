@@ -9,7 +9,7 @@ over t (Theorem 4.1):
 
 Taking logarithms turns the update into a regression that a language model can do. In place of log Z(x) the paper puts
 eta / 2, its value for small eta. For a larger eta it is more, by as much for all answers to x: targets are then too
-high, their order is right. For each iteration t:
+high, but in the right order. For each iteration t:
 
     sample   K answers y_1..y_K ~ pi_t(.|x) for each prompt of this iteration's part
     judge    all pairs;  Phat(y_i > pi_t | x) = (1/K) sum_k P(y_i > y_k | x), itself included (1/2)
@@ -21,8 +21,8 @@ high, their order is right. For each iteration t:
 the preferences rounded to 1 and 0. --world intransitive is a game of three styles where no style is best.
 
 Deviations from the paper, each with its reason:
-  - an embedded world has settings of its own (its entry in world.WORLDS, picked on validation prompts), `intransitive`
-    all K responses too: eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
+  - an embedded world has settings of its own (world.WORLDS, which says how they were picked), `intransitive` all K
+    responses too: eta = 1e3 with lr 5e-7 suits 7B models, not 300k parameters
   - a checkpoint is chosen after each epoch by win rate on validation prompts, as in section 5.1, but against the base,
     with the run's own judge; the test prompts play no part in any choice. With one epoch, the default for real
     prompts, there is one candidate and the figure only reports. --keep last makes no choice
