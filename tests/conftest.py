@@ -84,6 +84,15 @@ LLAMA3_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """Runs wait for the disk at each file they write, against a power cut. No test cuts the power, and on a disk that is
+    shared with others each wait may take a second: files are what they are after a kill, without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quick_runs(request, monkeypatch):
     """A picture takes half a second, and a run draws several. Within a test's own process a run leaves an empty PNG
