@@ -15,6 +15,7 @@ Only the network that is trained is sharded. Those that judge, or stand still as
 
 import contextlib
 import datetime
+import gc
 import math
 import os
 import re
@@ -64,6 +65,15 @@ def init_ranks(device, minutes=30.0):
                                 timeout=datetime.timedelta(minutes=minutes))
         Ranks.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     return *number_and_count(), device
+
+
+def leave():
+    """The end of a run: let go of the groups while Python still runs. A thread of gloo's that frees its last tensor
+    later than that aborts the process, as happens on a busy machine (pytorch pull request 179291)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        Ranks.patient = Ranks.store = None
+        gc.collect()
 
 
 def number_and_count():

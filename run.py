@@ -120,8 +120,7 @@ def main(function):
         print("\ninterrupted: a training run goes on from its last saved state with the same command and --resume",
               file=sys.stderr)
         sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    parallel.leave()
 
 
 def stop(message):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -176,7 +177,9 @@ def process(written_by_one):
         if rank == 0:
             with open(f"{name}.json", "w") as file:
                 json.dump(found, file)
-    torch.distributed.destroy_process_group()
+    patient = weakref.ref(parallel.Ranks.patient)
+    parallel.leave()
+    assert patient() is None            # and with it its threads
 
 
 if __name__ == "__main__":
