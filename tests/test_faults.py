@@ -30,8 +30,8 @@ SPPO = dict(iterations=2, prompts_per_iteration=6, k=3, epochs=2, batch_size=3, 
             test_prompts=4, max_new_tokens=6, print_every=9, save_every=1, chunk=3, eta=20.0, device="cpu")
 LSP = dict(steps=4, queries=4, answers=3, test_prompts=4, eval_every=2, print_every=9, micro_batch=4, max_new_tokens=6,
            device="cpu")
-# The operations that change what is on the disk, and where they stand. A process that dies at an fsync leaves what the
-# operation before it left.
+# The operations that change what is on the disk, and where they stand. A process that dies at an fsync leaves what
+# it would leave at the next of these.
 OPERATIONS = (os, "replace"), (os, "remove"), (os, "mkdir"), (shutil, "rmtree"), (builtins, "open")
 SHARED = *OPERATIONS, (io, "open"), (os, "rename")              # those of torch.distributed.checkpoint too
 
