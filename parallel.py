@@ -69,8 +69,8 @@ def init_ranks(device, minutes=30.0):
 
 def leave():
     """The end of a run: let go of the groups while Python still runs. A thread of gloo's that frees its last tensor
-    later than that may abort the process (pytorch pull request 179291). The default group's threads may outlive this:
-    torch itself holds that group."""
+    later than that may abort the process (pytorch pull request 179291). The default group's threads
+    outlive this: something else still holds it."""
     if dist.is_initialized():
         dist.destroy_process_group()
         Ranks.patient = Ranks.store = None
